@@ -1,0 +1,712 @@
+"""Train a student by spectral feature matching, or score a checkpoint: flags, wiring, and the epoch loop."""
+
+import argparse
+import ast
+import contextlib
+import time
+
+import torch
+from timm.data import Mixup
+from timm.loss import BinaryCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.amp import GradScaler
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DistributedSampler
+
+import datasets
+import losses
+import models
+import samplers
+import spectral
+import utils
+from engine import evaluate, train_one_epoch
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+INTERPOLATIONS = ("bicubic", "bilinear", "random")
+
+
+class Parser(argparse.ArgumentParser):
+    """Reads `@file` arguments, one flag a line, with # comments; an error is one line and exit code 2."""
+
+    def convert_arg_line_to_args(self, line):
+        return line.split("#", 1)[0].split()
+
+    def error(self, message):
+        raise utils.UserError(message)
+
+
+def get_args_parser():
+    parser = Parser(
+        description="Distil a vision transformer by spectral feature matching.",
+        fromfile_prefix_chars="@",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    on_off = argparse.BooleanOptionalAction
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--data-set", default="IMNET", choices=datasets.DATA_SETS, help="data set; GRATINGS is embedded")
+    data.add_argument("--data-path", help="folder of the data set; IMNET: train/ and val/, a folder a class in each")
+    data.add_argument("--inat-category", default="name", help="taxonomic level that is the class (INAT, INAT19)")
+    data.add_argument("--gratings-sizes", nargs=2, type=int, metavar=("TRAIN", "VAL"), help="images of GRATINGS")
+    data.add_argument("--input-size", type=int, default=224, help="side of the input images, pixels")
+    data.add_argument("--eval-crop-ratio", type=float, default=0.875, help="centre crop's part of the resized image")
+    data.add_argument("--batch-size", type=int, default=64, help="images a process and step")
+    data.add_argument("--num_workers", "--num-workers", type=int, default=10, help="loader processes a process")
+    data.add_argument("--pin-mem", action=on_off, default=True, help="page-locked batches, for faster copies to a GPU")
+    data.add_argument(
+        "--loader-timeout", type=float, default=0, help="seconds to wait for a loader worker; 0: for ever"
+    )
+    data.add_argument("--skip-bad-images", type=int, default=0, help="unreadable training images to replace, a process")
+    data.add_argument("--repeated-aug", action=on_off, default=True, help="each image of an epoch three times")
+
+    student = parser.add_argument_group("student")
+    student.add_argument("--model", default="deit_tiny_patch16_224", help="any timm model")
+    student.add_argument(
+        "--model-kwargs", nargs="*", default=[], metavar="KEY=VALUE", help="arguments of the timm model"
+    )
+    student.add_argument("--num-classes", type=int, help="classes of the head; default: those of the data set")
+    student.add_argument("--pretrained", action="store_true", help="start from timm's own weights")
+    student.add_argument("--finetune", default="", help="start from the weights of this file or URL")
+    student.add_argument("--drop", type=float, default=0.0, help="dropout probability")
+    student.add_argument("--drop-path", type=float, default=0.0, help="stochastic depth probability")
+    student.add_argument("--attn-only", action="store_true", help="train attention, position embedding and head only")
+    student.add_argument("--train-mode", action=on_off, default=True, help="off: no dropout and no stochastic depth")
+    student.add_argument("--model-ema", action=on_off, default=True, help="keep a moving average of the weights")
+    student.add_argument("--model-ema-decay", type=float, default=0.99996, help="its decay a step")
+    student.add_argument("--model-ema-force-cpu", action="store_true", help="keep it in host memory")
+
+    distil = parser.add_argument_group("teacher and distillation")
+    distil.add_argument("--distillation-type", default="none", choices=("none", "fft", "soft", "hard"), help="loss")
+    distil.add_argument("--teacher-model", default="cait_s24_224", help="any timm model")
+    distil.add_argument("--teacher-path", default="", help="its weights, file or URL; default: timm's own, downloaded")
+    distil.add_argument("--teacher-kwargs", nargs="*", default=[], metavar="KEY=VALUE", help="as --model-kwargs")
+    distil.add_argument(
+        "--distillation-alpha",
+        type=float,
+        default=0.5,
+        help="weight of the logits' distillation; cross-entropy has 1 - alpha, in fft as well",
+    )
+    distil.add_argument("--distillation-tau", type=float, default=1.0, help="temperature of soft distillation")
+
+    spectrum = parser.add_argument_group("spectral")
+    spectrum.add_argument("--s-id", nargs="+", type=int, default=[], help="student blocks, in the order of --t-id")
+    spectrum.add_argument("--t-id", nargs="+", type=int, default=[], help="teacher blocks, one for each of --s-id")
+    spectrum.add_argument("--w-fft", type=float, default=0.2, help="weight of the feature loss")
+    spectrum.add_argument("--distillation-beta", type=float, default=1.0, help="further factor of the feature loss")
+    spectrum.add_argument(
+        "--feature-loss",
+        default="spectral",
+        choices=sorted(spectral.FEATURE_LOSSES),
+        help="mse: spatial twin, a control",
+    )
+
+    optim = parser.add_argument_group("optimisation")
+    optim.add_argument("--epochs", type=int, default=300, help="epochs")
+    optim.add_argument("--accum-steps", type=int, default=1, help="batches an optimizer step")
+    optim.add_argument(
+        "--amp-dtype", choices=DTYPES, help="autocast dtype; default: float16 on a GPU, float32 on a CPU"
+    )
+    optim.add_argument(
+        "--bce-loss", action="store_true", help="binary cross-entropy (DeiT III) instead of cross-entropy"
+    )
+    optim.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
+    optim.add_argument("--opt", default="adamw", help="any timm optimizer")
+    optim.add_argument("--opt-eps", type=float, help="its epsilon; default: its own")
+    optim.add_argument("--opt-betas", nargs="+", type=float, help="its betas; default: its own")
+    optim.add_argument("--clip-grad", type=float, help="largest gradient norm; default: none")
+    optim.add_argument("--momentum", type=float, default=0.9, help="momentum of SGD")
+    optim.add_argument("--weight-decay", type=float, default=0.05, help="weight decay")
+    optim.add_argument("--lr", type=float, default=5e-4, help="learning rate at a global batch of 512")
+    optim.add_argument("--unscale-lr", action="store_true", help="take --lr, --warmup-lr, --min-lr as they are")
+    optim.add_argument("--sched", default="cosine", help="any timm scheduler")
+    optim.add_argument(
+        "--lr-noise", nargs="+", type=float, help="part or parts of the epochs with a noisy learning rate"
+    )
+    optim.add_argument("--lr-noise-pct", type=float, default=0.67, help="limit of that noise")
+    optim.add_argument("--lr-noise-std", type=float, default=1.0, help="its standard deviation")
+    optim.add_argument("--warmup-lr", type=float, default=1e-6, help="learning rate at the start of the warm-up")
+    optim.add_argument("--min-lr", type=float, default=1e-5, help="lowest learning rate of the schedule")
+    optim.add_argument("--decay-epochs", type=float, default=30, help="epochs between decays (step)")
+    optim.add_argument("--decay-rate", type=float, default=0.1, help="factor of a decay (step, plateau)")
+    optim.add_argument("--warmup-epochs", type=int, default=5, help="epochs of warm-up")
+    optim.add_argument("--cooldown-epochs", type=int, default=0, help="epochs at --min-lr after --epochs")
+    optim.add_argument("--patience-epochs", type=int, default=10, help="epochs without a gain before a decay (plateau)")
+
+    augment = parser.add_argument_group("augmentation")
+    augment.add_argument(
+        "--color-jitter", type=float, default=0.4, help="strength; timm leaves it out where --aa is on"
+    )
+    augment.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="timm's automatic augmentation, or none")
+    augment.add_argument("--train-interpolation", default="bicubic", choices=INTERPOLATIONS, help="of the resized crop")
+    augment.add_argument("--ThreeAugment", action="store_true", help="DeiT III's 3-Augment instead of --aa")
+    augment.add_argument("--src", action="store_true", help="DeiT III's simple random crop")
+    augment.add_argument("--reprob", type=float, default=0.25, help="probability of random erasing")
+    augment.add_argument("--remode", default="pixel", choices=("const", "rand", "pixel"), help="what erases")
+    augment.add_argument("--recount", type=int, default=1, help="most boxes an image")
+    augment.add_argument("--mixup", type=float, default=0.0, help="alpha of mixup; 0: off")
+    augment.add_argument("--cutmix", type=float, default=0.0, help="alpha of CutMix; 0: off")
+    augment.add_argument("--cutmix-minmax", nargs=2, type=float, help="limits of the cut's side, instead of --cutmix")
+    augment.add_argument("--mixup-prob", type=float, default=1.0, help="probability of either")
+    augment.add_argument("--mixup-switch-prob", type=float, default=0.5, help="probability of CutMix where both are on")
+    augment.add_argument("--mixup-mode", default="batch", choices=("batch", "pair", "elem"), help="what shares a draw")
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--output_dir", "--output-dir", default="", help="folder of checkpoints and logs; default: none")
+    run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    run.add_argument("--seed", type=int, default=0, help="seed of weights, order and augmentation")
+    run.add_argument("--resume", default="", help="checkpoint, URL, or auto: the newest whole one in --output_dir")
+    run.add_argument("--start_epoch", "--start-epoch", type=int, help="first epoch; default: the checkpoint's next")
+    run.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds checkpoints")
+    run.add_argument("--save-every", type=int, default=0, help="keep a checkpoint every so many epochs; 0: none")
+    run.add_argument("--eval", action="store_true", help="score the weights and stop")
+    run.add_argument("--eval-ema", action="store_true", help="score the moving average, too or (--eval) instead")
+    run.add_argument("--dist-eval", action=on_off, default=True, help="share evaluation between the processes")
+    run.add_argument("--dry-run", action="store_true", help="build all, run one batch, say what was built, and stop")
+    run.add_argument("--world_size", "--world-size", type=int, help="number of processes that is expected")
+    run.add_argument("--dist_url", "--dist-url", default="env://", help="rendezvous address")
+    run.add_argument("--dist-timeout", type=float, default=1800, help="seconds before a hung collective ends the job")
+
+    for flag in REFUSED:
+        parser.add_argument(flag, nargs="?", const=True, help=argparse.SUPPRESS)
+    return parser
+
+
+REFUSED = {
+    "--cosub": "it trains two sub-models against each other and leaves the teacher no place",
+    "--resplit": "it needs augmentation splits, which this loader does not make",
+}
+
+
+def parse_args(argv=None):
+    """Parses and checks the flags; `given` holds the names of those that were on the command line."""
+    parser = get_args_parser()
+    args = parser.parse_args(argv)
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    parser._defaults.clear()
+    given = set(vars(parser.parse_args(argv)))
+    check_args(args, given)
+    return args
+
+
+def check_args(args, given):
+    """Checks flags by themselves and against each other, before any data or model is touched.
+
+    Raises:
+        utils.UserError: with one line.
+    """
+    for flag, why in REFUSED.items():
+        if vars(args).pop(flag.lstrip("-")) is not None:
+            raise utils.UserError(f"{flag} has no place here: {why}; leave it out")
+    if args.distillation_type != "none" and args.w_fft * args.distillation_beta > 0:
+        if not args.s_id or not args.t_id:
+            raise utils.UserError("the feature loss needs --s-id and --t-id: give both, or --w-fft 0")
+        if len(args.s_id) != len(args.t_id):
+            raise utils.UserError(
+                f"--s-id has {len(args.s_id)} ids but --t-id has {len(args.t_id)}: "
+                "give one teacher block per student block"
+            )
+
+
+# Building
+
+
+def build_datasets(args):
+    """(training set or None, validation set), with uint8 transforms."""
+    num_images = dict(zip(("train", "val"), args.gratings_sizes or (None, None), strict=True))
+
+    def build(split, transform):
+        with utils.as_user_error("", ValueError, OSError, RuntimeError):
+            return datasets.build_dataset(
+                args.data_set,
+                split,
+                args.data_path,
+                transform,
+                inat_category=args.inat_category,
+                num_images=num_images[split],
+            )
+
+    dataset_val = build("val", datasets.eval_transform(args.input_size, args.eval_crop_ratio))
+    if args.eval:
+        return None, dataset_val
+    transform = datasets.train_transform(
+        args.input_size,
+        aa=None if args.aa in ("", "none") else args.aa,
+        color_jitter=args.color_jitter,
+        interpolation=args.train_interpolation,
+        hflip=0.0 if args.data_set == "GRATINGS" else 0.5,  # a mirrored grating is of another class
+        three_augment=args.ThreeAugment,
+        simple_crop=args.src,
+    )
+    dataset_train = build("train", transform)
+    if dataset_train.classes != dataset_val.classes:
+        odd = sorted(set(dataset_train.classes) ^ set(dataset_val.classes))
+        raise utils.UserError(f"train and val have different classes, {odd[0]} among them: they must agree")
+    return dataset_train, dataset_val
+
+
+def build_loaders(args, dataset_train, dataset_val):
+    """(training loader or None, its sampler, validation loader)."""
+    rank, size = utils.rank(), utils.world_size()
+    sharded = (size, rank) if args.dist_eval else (1, 0)
+    common = {"num_workers": args.num_workers, "pin_memory": args.pin_mem and args.device != "cpu"}
+    common["timeout"] = args.loader_timeout
+    loader_val = datasets.build_loader(
+        dataset_val,
+        samplers.ShardSampler(dataset_val, *sharded),
+        int(1.5 * args.batch_size),
+        drop_last=False,
+        **common,
+    )
+    if dataset_train is None:
+        return None, None, loader_val
+    if args.repeated_aug:
+        order = samplers.RASampler(dataset_train, size, rank, seed=args.seed)
+    else:
+        order = DistributedSampler(dataset_train, size, rank, seed=args.seed)
+    sampler = samplers.SeededSampler(order, args.seed, rank)
+    if len(sampler) < args.batch_size:
+        raise utils.UserError(
+            f"an epoch has {len(sampler)} images for each of {size} processes, "
+            f"but --batch-size is {args.batch_size}: lower it"
+        )
+    seeded = datasets.SeededDataset(dataset_train, args.skip_bad_images)
+    return datasets.build_loader(seeded, sampler, args.batch_size, drop_last=True, **common), sampler, loader_val
+
+
+def build_student(args, num_classes):
+    """The student on the CPU, from random, timm's or a file's weights, ready for the chosen kind of distillation."""
+    with utils.main_first() if args.pretrained else contextlib.nullcontext():
+        model = models.build_model(
+            args.model,
+            num_classes,
+            input_size=args.input_size,
+            kwargs=key_values(args.model_kwargs),
+            pretrained=args.pretrained,
+            drop=args.drop,
+            drop_path=args.drop_path,
+        )
+    if args.finetune:
+        weights = utils.extract_weights(utils.load_checkpoint(args.finetune))
+        replaced = models.load_weights(model, weights, replace_head=True)
+        if replaced:
+            utils.say(f"--finetune: the file's head has {replaced} classes, not {num_classes}; a fresh head is trained")
+    if hasattr(model, "set_distilled_training"):
+        # The distillation head takes part only where there are teacher logits to learn.
+        model.set_distilled_training(args.distillation_type in ("soft", "hard"))
+    if args.attn_only:
+        freeze_all_but_attention(model)
+    return model
+
+
+def freeze_all_but_attention(model):
+    """DeiT III's fine-tuning (arXiv 2203.09795): attention, position embedding and heads are trained, nothing else."""
+    heads = model.pretrained_cfg["classifier"]
+    heads = (heads,) if isinstance(heads, str) else heads
+    if not any(".attn." in name for name, _ in model.named_parameters()):
+        raise utils.UserError(f"--attn-only: {model.pretrained_cfg['architecture']} has no attention blocks")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = ".attn." in name or name == "pos_embed" or name.startswith(tuple(heads))
+
+
+def build_teacher(args, num_classes, device, student):
+    """The frozen teacher on its device, or None where the kind of distillation needs none."""
+    if args.distillation_type == "none":
+        return None
+    with utils.main_first() if not args.teacher_path else contextlib.nullcontext():
+        model = models.build_model(
+            args.teacher_model,
+            num_classes,
+            input_size=args.input_size,
+            kwargs=key_values(args.teacher_kwargs),
+            pretrained=not args.teacher_path,
+        )
+    if args.teacher_path:
+        models.load_weights(model, utils.extract_weights(utils.load_checkpoint(args.teacher_path)))
+    (mean, std), (own_mean, own_std) = normalisation(student), normalisation(model)
+    scale, shift = None, None
+    if (mean, std) != (own_mean, own_std):
+        mean, std, own_mean, own_std = (
+            torch.tensor(v, device=device).view(3, 1, 1) for v in (mean, std, own_mean, own_std)
+        )
+        scale, shift = std / own_std, (mean - own_mean) / own_std
+    with utils.as_user_error("--t-id: ", ValueError):
+        return losses.FrozenTeacher(model.to(device), feature_ids(args)[1], scale, shift)
+
+
+def normalisation(model):
+    """(mean, std) of the images that a model was made for, as timm knows them."""
+    return tuple(model.pretrained_cfg["mean"]), tuple(model.pretrained_cfg["std"])
+
+
+def feature_ids(args):
+    """(student ids, teacher ids); none where the feature loss has no weight."""
+    used = args.distillation_type != "none" and args.w_fft * args.distillation_beta > 0
+    return (args.s_id, args.t_id) if used else ([], [])
+
+
+def build_criterion(args, teacher):
+    if args.bce_loss:
+        base = BinaryCrossEntropy(smoothing=0.0, target_threshold=0.0)
+    else:  # mixup smooths the labels itself
+        base = nn.CrossEntropyLoss(label_smoothing=0.0 if mixup_wanted(args) else args.smoothing)
+    return losses.DistillationLoss(
+        base,
+        args.distillation_type,
+        teacher,
+        alpha=args.distillation_alpha,
+        tau=args.distillation_tau,
+        beta=args.distillation_beta,
+        w_fft=args.w_fft,
+        feature_loss=spectral.FEATURE_LOSSES[args.feature_loss],
+    )
+
+
+def mixup_wanted(args):
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def build_mixup(args, num_classes):
+    if not mixup_wanted(args):
+        return None
+    return Mixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=num_classes,
+    )
+
+
+def build_optimizer(args, model):
+    """(optimizer, scheduler, number of epochs with the cool-down)."""
+    global_batch = args.batch_size * args.accum_steps * utils.world_size()
+    lr = args.lr if args.unscale_lr else args.lr * global_batch / 512
+    options = {"eps": args.opt_eps, "betas": args.opt_betas}
+    with utils.as_user_error(f"--opt {args.opt}: ", Exception):
+        optimizer = create_optimizer_v2(
+            model,
+            opt=args.opt,
+            lr=lr,
+            weight_decay=args.weight_decay,
+            momentum=args.momentum,
+            **{name: value for name, value in options.items() if value is not None},
+        )
+    noise = args.lr_noise and [part * args.epochs for part in args.lr_noise]
+    with utils.as_user_error(f"--sched {args.sched}: ", Exception):
+        scheduler, num_epochs = create_scheduler_v2(
+            optimizer,
+            sched=args.sched,
+            num_epochs=args.epochs,
+            decay_epochs=args.decay_epochs,
+            cooldown_epochs=args.cooldown_epochs,
+            patience_epochs=args.patience_epochs,
+            decay_rate=args.decay_rate,
+            min_lr=args.min_lr,
+            warmup_lr=args.warmup_lr,
+            warmup_epochs=args.warmup_epochs,
+            noise=noise if not noise or len(noise) > 1 else noise[0],
+            noise_pct=args.lr_noise_pct,
+            noise_std=args.lr_noise_std,
+        )
+    return optimizer, scheduler, num_epochs
+
+
+class ConstantScaler(GradScaler):
+    """A GradScaler whose scale stays 1: it only skips steps whose gradient is not finite."""
+
+    def __init__(self, device):
+        super().__init__(device, init_scale=1.0)
+
+    def update(self):
+        super().update(new_scale=1.0)
+
+
+# State
+
+
+class RunState:
+    """Everything that a resume needs: models, optimizer, schedule, and how far the run has come.
+
+    `epoch` is the epoch in progress, `step` the batches done of it, `meter` holds its sums so far.
+    """
+
+    def __init__(self, model, optimizer, scheduler, scaler, ema):
+        self.model, self.optimizer, self.scheduler, self.scaler, self.ema = model, optimizer, scheduler, scaler, ema
+        self.epoch, self.step, self.meter = 0, 0, new_meter()
+        self.best_accuracy, self.best_epoch = 0.0, -1
+
+    def finish_epoch(self, accuracy):
+        """Notes a whole epoch; returns whether its accuracy, percent, is the best so far."""
+        best = accuracy > self.best_accuracy
+        if best:
+            self.best_accuracy, self.best_epoch = accuracy, self.epoch
+        self.epoch, self.step, self.meter = self.epoch + 1, 0, new_meter()
+        return best
+
+    def to_dict(self, args):
+        """Tensors and plain types, under DeiT's keys where it has them; `epoch` is the last whole epoch, as there."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": {k: v for k, v in self.scheduler.state_dict().items() if is_plain(v)},
+            "scaler": self.scaler.state_dict(),
+            "model_ema": self.ema.module.state_dict() if self.ema is not None else None,
+            "epoch": self.epoch - 1,
+            "step": self.step,
+            "meter": self.meter.state_dict(),
+            "max_accuracy": self.best_accuracy,
+            "best_epoch": self.best_epoch,
+            "world_size": utils.world_size(),
+            "args": vars(args),
+        }
+
+    def load(self, checkpoint, args):
+        """Goes on where a checkpoint of ours, of DeiT or of the original stands.
+
+        The flags win over what the file says of learning rate and schedule, and differences are said.
+
+        Raises:
+            utils.UserError: the file lacks something or does not fit.
+        """
+        missing = [key for key in ("model", "optimizer", "epoch") if key not in checkpoint]
+        if missing:
+            raise utils.UserError(f"--resume: the file has no '{missing[0]}', so training cannot go on: use --finetune")
+        models.load_weights(self.model, utils.extract_weights(checkpoint))
+        self._load_optimizer(checkpoint["optimizer"])
+        if checkpoint.get("scaler") and not isinstance(self.scaler, ConstantScaler):
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        if args.sched == "plateau" and checkpoint.get("lr_scheduler"):
+            self.scheduler.load_state_dict(checkpoint["lr_scheduler"])
+        if self.ema is not None and checkpoint.get("model_ema"):
+            models.load_weights(self.ema.module, utils.extract_weights(checkpoint, ema=True))
+        elif self.ema is not None:
+            utils.say("--resume: the file holds no moving average; it starts from the weights")
+            self.ema.set(self.model)
+        self.epoch, self.step = checkpoint["epoch"] + 1, checkpoint.get("step", 0)
+        if self.step:
+            self.meter.load_state_dict(checkpoint["meter"])
+        self.best_accuracy, self.best_epoch = checkpoint.get("max_accuracy", 0.0), checkpoint.get("best_epoch", -1)
+        say_changes(args, checkpoint.get("args", {}))
+
+    def _load_optimizer(self, stored):
+        flags = [{k: v for k, v in group.items() if k in FLAGGED} for group in self.optimizer.param_groups]
+        with utils.as_user_error("--resume: the file's optimizer does not fit: ", ValueError, KeyError):
+            self.optimizer.load_state_dict(stored)
+        for group, flag in zip(self.optimizer.param_groups, flags, strict=True):
+            group.update(flag)
+
+
+FLAGGED = ("lr", "initial_lr", "weight_decay", "betas", "eps", "momentum")  # options of an optimizer that flags set
+
+
+def is_plain(value):
+    if isinstance(value, (list, tuple)):
+        return all(is_plain(item) for item in value)
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def new_meter():
+    return utils.Meter(["loss", *losses.TERMS])
+
+
+def milestone(args, epoch):
+    return epoch if args.save_every and (epoch + 1) % args.save_every == 0 else None
+
+
+def say_changes(args, stored):
+    stored = stored if isinstance(stored, dict) else vars(stored)
+    for name, value in vars(args).items():
+        if name not in ("resume", "start_epoch", "overwrite") and name in stored and stored[name] != value:
+            utils.say(f"--resume: {name} was {stored[name]} and is {value} from now on")
+
+
+def find_resume(args, folder):
+    """The checkpoint to go on from, or None for a fresh run."""
+    if args.resume == "auto":
+        path, checkpoint = folder.load_newest()
+        utils.say(f"--resume auto: {path}" if path else "--resume auto: no checkpoint yet, a fresh run")
+        return checkpoint
+    if args.resume:
+        return utils.load_checkpoint(args.resume)
+    if folder is not None and (folder.folder / folder.LATEST).exists() and not args.overwrite:
+        raise utils.UserError(f"{folder.folder} holds a run: --resume auto goes on with it, --overwrite starts anew")
+    return None
+
+
+# What was built, in words
+
+
+@torch.no_grad()
+def describe_pairs(args, model, hooks, teacher, device):
+    """Runs a black image through both models and says which map is matched with which, and what is pooled."""
+    image = torch.zeros(1, 3, args.input_size, args.input_size, device=device)
+    training = model.training
+    with utils.as_user_error(
+        f"--input-size {args.input_size} does not fit {args.model}: ", AssertionError, RuntimeError
+    ):
+        model.eval()(image)
+        student_maps = hooks.pop()
+    model.train(training)
+    if teacher is None:
+        return
+    name = args.teacher_model
+    with utils.as_user_error(f"--input-size {args.input_size} does not fit {name}: ", AssertionError, RuntimeError):
+        _, teacher_maps = teacher(image)
+    blocks = spectral.describe_blocks(model), spectral.describe_blocks(teacher.model)
+    for i, j, s, t in zip(hooks.ids, teacher.hooks.ids, student_maps, teacher_maps, strict=True):
+        aligned = spectral.align(s, t)
+        pooled = [who for who, a, b in (("student", s, aligned[0]), ("teacher", t, aligned[1])) if a.shape != b.shape]
+        note = f"{' and '.join(pooled)} pooled to {list(aligned[0].shape[1:])}" if pooled else "same shape"
+        utils.say(
+            f"  {blocks[0][i]['module']} {list(s.shape[1:])} <- {blocks[1][j]['module']} {list(t.shape[1:])}: {note}"
+        )
+
+
+def key_values(pairs):
+    """["depth=4", "name=abc"] -> {"depth": 4, "name": "abc"}, values read as Python literals where they are some."""
+    result = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise utils.UserError(f"expected KEY=VALUE, got {pair}")
+        try:
+            result[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            result[key] = value
+    return result
+
+
+def score(args, model, loader, scoring):
+    """--eval: the accuracy of the weights that --resume, --finetune or --pretrained gave."""
+    if args.resume:
+        checkpoint = utils.load_checkpoint(args.resume)
+        models.load_weights(model, utils.extract_weights(checkpoint, ema=args.eval_ema))
+    return say_accuracy(evaluate(model, loader, **scoring))
+
+
+def say_accuracy(stats, name="the network"):
+    utils.say(
+        f"Accuracy of {name} on the {stats['images']} test images: {stats['acc1']:.3f}% "
+        f"({stats['correct1']} correct; top-5 {stats['acc5']:.3f}%, loss {stats['loss']:.4f})"
+    )
+    return stats
+
+
+def main(args):
+    # Set-up
+    device = utils.init_distributed(args.device, args.dist_url, args.dist_timeout)
+    utils.seed_everything(args.seed + utils.rank())
+    folder = utils.open_output_folder(args.output_dir)
+    amp_dtype = DTYPES[args.amp_dtype or ("float16" if device.type == "cuda" else "float32")]
+
+    # Data
+    dataset_train, dataset_val = build_datasets(args)
+    num_classes = args.num_classes or len(dataset_val.classes)
+    loader_train, sampler, loader_val = build_loaders(args, dataset_train, dataset_val)
+
+    # Student; the moving average is a copy of it, so made before the hooks, and both before the wrappers
+    model = build_student(args, num_classes).to(device)
+    prepare = datasets.Prepare(*normalisation(model), args.reprob, args.remode, args.recount, device)
+    scoring = {"device": device, "prepare": prepare, "amp_dtype": amp_dtype, "sharded": args.dist_eval}
+    if args.eval:
+        return score(args, model, loader_val, scoring)
+    ema = None
+    if args.model_ema:
+        ema = ModelEmaV3(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
+    with utils.as_user_error("--s-id: ", ValueError):
+        hooks = spectral.FeatureHooks(model, feature_ids(args)[0])
+
+    # Teacher and loss
+    teacher = build_teacher(args, num_classes, device, model)
+    criterion = build_criterion(args, teacher)
+    describe_pairs(args, model, hooks, teacher, device)
+
+    # Optimizer
+    optimizer, scheduler, num_epochs = build_optimizer(args, model)
+    scaler = GradScaler(device.type) if amp_dtype == torch.float16 else ConstantScaler(device.type)
+
+    # Resume
+    state = RunState(model, optimizer, scheduler, scaler, ema)
+    checkpoint = find_resume(args, folder)
+    if checkpoint is not None:
+        state.load(checkpoint, args)
+    if args.start_epoch is not None:
+        state.epoch, state.step = args.start_epoch, 0
+    if state.epoch > 0:
+        scheduler.step(state.epoch - 1, state.best_accuracy)
+    if state.epoch >= num_epochs:
+        return utils.say(f"nothing to do: {state.epoch} of {num_epochs} epochs are done")
+
+    # Loop
+    parallel = model
+    if utils.world_size() > 1:
+        parallel = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    utils.say(
+        f"{args.model}: {num_parameters} parameters, {num_classes} classes; {num_epochs} epochs from {state.epoch}"
+    )
+    log = utils.RunLog(args.output_dir, state.epoch)
+    should_stop = utils.StopRequest()
+    training = {
+        "device": device,
+        "prepare": prepare,
+        "should_stop": should_stop,
+        "amp_dtype": amp_dtype,
+        "accum_steps": args.accum_steps,
+        "clip_grad": args.clip_grad,
+        "mixup": build_mixup(args, num_classes),
+        "ema": ema,
+        "train_mode": args.train_mode,
+    }
+    while state.epoch < num_epochs:
+        epoch, began, start_step = state.epoch, time.perf_counter(), state.step
+        sampler.set_epoch(epoch, start_step * args.batch_size)
+        num_steps = start_step + len(loader_train)
+
+        def seed_step(step, epoch=epoch):
+            utils.seed_everything(samplers.counter_seed(args.seed, epoch, utils.rank(), step))
+
+        state.step = train_one_epoch(
+            parallel, hooks, criterion, loader_train, optimizer, scaler, state.meter,
+            epoch=epoch, start_step=start_step, seed_step=seed_step, **training,
+        )  # fmt: skip
+        seconds = time.perf_counter() - began
+        if state.step < num_steps:
+            folder and folder.save(state.to_dict(args))
+            return utils.say(
+                f"stopped at epoch {epoch}, step {state.step} of {num_steps}: --resume auto goes on from here"
+            )
+        lr = optimizer.param_groups[0]["lr"]
+        test = say_accuracy(evaluate(model, loader_val, **scoring))
+        stats = {
+            "train_lr": lr,
+            **{f"train_{name}": value for name, value in state.meter.averages(over_ranks=True).items()},
+            **{f"test_{name}": test[name] for name in ("loss", "acc1", "acc5")},
+            "epoch": epoch,
+            "n_parameters": num_parameters,
+            "seconds": seconds,
+            "images_per_second": (num_steps - start_step) * args.batch_size * utils.world_size() / seconds,
+        }
+        if args.eval_ema:
+            test_ema = say_accuracy(evaluate(ema.module, loader_val, **scoring), "the moving average")
+            stats |= {f"test_ema_{name}": test_ema[name] for name in ("loss", "acc1", "acc5")}
+        scheduler.step(epoch, test["acc1"])
+        best = state.finish_epoch(test["acc1"])
+        utils.say(f"Max accuracy: {state.best_accuracy:.3f}% in epoch {state.best_epoch}")
+        log.epoch(stats)
+        if folder:
+            folder.save(state.to_dict(args), best=best, milestone=milestone(args, epoch))
+    log.close()
+
+
+if __name__ == "__main__":
+    with utils.exit_codes():
+        main(parse_args())
