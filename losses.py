@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from spectral import FeatureHooks, spectral_loss
 
-TERMS = ("base", "fft", "dist")
+TERMS = ("loss_base", "loss_fft", "loss_dist")
 
 
 class FrozenTeacher:
@@ -97,16 +97,16 @@ class DistillationLoss:
             labels: (B,) int64, or (B, classes) probabilities.
 
         Returns:
-            {"loss", "base", "fft", "dist"}: float32 scalars.
+            {"loss", "loss_base", "loss_fft", "loss_dist"}: float32 scalars.
         """
         class_logits, distillation_logits = outputs if isinstance(outputs, tuple) else (outputs, outputs)
         terms = dict.fromkeys(TERMS, class_logits.new_zeros((), dtype=torch.float32))
-        terms["base"] = self.base_weight * self.base_criterion(class_logits.float(), labels)
+        terms["loss_base"] = self.base_weight * self.base_criterion(class_logits.float(), labels)
         if self.teacher is not None:
             teacher_logits, teacher_features = self.teacher(images)
             if self.logit_loss is not None:
-                terms["dist"] = self.logit_weight * self.logit_loss(distillation_logits, teacher_logits, self.tau)
+                terms["loss_dist"] = self.logit_weight * self.logit_loss(distillation_logits, teacher_logits, self.tau)
             if teacher_features:
                 pairs = [self.feature_loss(s, t) for s, t in zip(features, teacher_features, strict=True)]
-                terms["fft"] = self.feature_weight * torch.stack(pairs).mean()
+                terms["loss_fft"] = self.feature_weight * torch.stack(pairs).mean()
         return {"loss": sum(terms.values()), **terms}

@@ -653,7 +653,7 @@ def main(args):
     utils.say(
         f"{args.model}: {num_parameters} parameters, {num_classes} classes; {num_epochs} epochs from {state.epoch}"
     )
-    log = utils.RunLog(args.output_dir, state.epoch)
+    log = utils.RunLog(args.output_dir, vars(args) | {"world_size": utils.world_size()}, state.epoch)
     should_stop = utils.StopRequest()
     training = {
         "device": device,

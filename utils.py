@@ -194,14 +194,15 @@ class Meter:
 
 
 class RunLog:
-    """log.txt (one JSON object a line, an epoch a line) and TensorBoard scalars of a run; the first process writes.
+    """log.txt (one JSON object a line, an epoch a line), args.json and TensorBoard scalars; the first process writes.
 
     Args:
         folder: output folder; empty or None to write nothing.
+        arguments: the run's flags, by name, for args.json.
         start_epoch: lines of this epoch and later are dropped: a resumed run writes them anew.
     """
 
-    def __init__(self, folder, start_epoch=0):
+    def __init__(self, folder, arguments, start_epoch=0):
         self.path, self.writer = None, None
         if not folder or rank() != 0:
             return
@@ -212,6 +213,8 @@ class RunLog:
             lines = [line for line in self.path.read_text().splitlines() if _epoch_of(line) < start_epoch]
             write_atomically(self.path, lambda file: file.write("".join(line + "\n" for line in lines).encode()))
         self.writer = SummaryWriter(str(folder), purge_step=start_epoch or None)
+        arguments = json.dumps(arguments, indent=1)
+        write_atomically(Path(folder) / "args.json", lambda file: file.write(arguments.encode()))
 
     def epoch(self, stats: dict):
         """Appends a line to log.txt, and each number of it to TensorBoard over epochs."""
@@ -240,6 +243,9 @@ def _epoch_of(line):
 
 # Files
 
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
 
 def write_atomically(path, write):
     """Writes a file so that a kill at any moment leaves either the old one or the new one, whole and on disk.
@@ -252,6 +258,7 @@ def write_atomically(path, write):
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
+            os.fchmod(handle, 0o666 & ~_UMASK)  # mkstemp's own mode shuts out colleagues
             write(file)
             file.flush()
             os.fsync(file.fileno())
