@@ -19,10 +19,10 @@ def train_one_epoch(
     hooks,
     criterion,
     loader,
+    *,
     optimizer,
     scaler,
     meter,
-    *,
     epoch,
     device,
     prepare,
@@ -48,7 +48,7 @@ def train_one_epoch(
             without asking the device; where no scaling is wanted its scale is a constant 1.
         meter: a utils.Meter of the terms; keeps the epoch's sums across a resume.
         prepare: uint8 images on the device -> float32 input.
-        seed_step: called with each step's number to seed its device randomness.
+        seed_step: called with (epoch, step) before each step to seed its randomness.
         should_stop: collective; true when the processes are to stop at this step boundary.
         start_step: batches of this epoch that are done already.
         amp_dtype: autocast's dtype; float32 switches autocast off.
@@ -74,7 +74,7 @@ def train_one_epoch(
     rows = []
     optimizer.zero_grad(set_to_none=True)
     for step, (images, labels) in enumerate(console.timed(loader), start_step):
-        seed_step(step)
+        seed_step(epoch, step)
         first, last = accumulation_group(step, num_steps, accum_steps)
         images, labels = prepare(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
         if mixup is not None:

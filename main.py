@@ -3,6 +3,10 @@
 import argparse
 import ast
 import contextlib
+import datetime
+import functools
+import itertools
+import resource
 import time
 
 import torch
@@ -584,6 +588,22 @@ def key_values(pairs):
     return result
 
 
+def dry_run(args, train, loader, device, num_epochs):
+    """Trains on two optimizer steps' batches, and says what the second one cost and what the run would."""
+    batches = list(itertools.islice(loader, 2 * args.accum_steps))
+    train(batches[: args.accum_steps], meter=new_meter(), epoch=0)  # warm-up
+    began = time.perf_counter()
+    train(batches[args.accum_steps :], meter=new_meter(), epoch=0)
+    seconds = (time.perf_counter() - began) / max(1, len(batches) - args.accum_steps)
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(device)
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    total = datetime.timedelta(seconds=int(seconds * len(loader) * num_epochs))
+    utils.say(f"dry run: {memory / 2**20:.0f} MiB a process, {seconds:.3f} s a step without waiting for images")
+    utils.say(f"dry run: {len(loader)} steps an epoch, {num_epochs} epochs: {total} of training; nothing was written")
+
+
 def score(args, model, loader, scoring):
     """--eval: the accuracy of the weights that --resume, --finetune or --pretrained gave."""
     if args.resume:
@@ -604,7 +624,7 @@ def main(args):
     # Set-up
     device = utils.init_distributed(args.device, args.dist_url, args.dist_timeout)
     utils.seed_everything(args.seed + utils.rank())
-    folder = utils.open_output_folder(args.output_dir)
+    folder = utils.open_output_folder(None if args.eval or args.dry_run else args.output_dir)
     amp_dtype = DTYPES[args.amp_dtype or ("float16" if device.type == "cuda" else "float32")]
 
     # Data
@@ -653,31 +673,32 @@ def main(args):
     utils.say(
         f"{args.model}: {num_parameters} parameters, {num_classes} classes; {num_epochs} epochs from {state.epoch}"
     )
+    train = functools.partial(
+        train_one_epoch,
+        parallel,
+        hooks,
+        criterion,
+        optimizer=optimizer,
+        scaler=scaler,
+        device=device,
+        prepare=prepare,
+        seed_step=lambda *where: utils.seed_everything(samplers.counter_seed(args.seed, utils.rank(), *where)),
+        should_stop=utils.StopRequest(),
+        amp_dtype=amp_dtype,
+        accum_steps=args.accum_steps,
+        clip_grad=args.clip_grad,
+        mixup=build_mixup(args, num_classes),
+        ema=ema,
+        train_mode=args.train_mode,
+    )
+    if args.dry_run:
+        return dry_run(args, train, loader_train, device, num_epochs)
     log = utils.RunLog(args.output_dir, vars(args) | {"world_size": utils.world_size()}, state.epoch)
-    should_stop = utils.StopRequest()
-    training = {
-        "device": device,
-        "prepare": prepare,
-        "should_stop": should_stop,
-        "amp_dtype": amp_dtype,
-        "accum_steps": args.accum_steps,
-        "clip_grad": args.clip_grad,
-        "mixup": build_mixup(args, num_classes),
-        "ema": ema,
-        "train_mode": args.train_mode,
-    }
     while state.epoch < num_epochs:
         epoch, began, start_step = state.epoch, time.perf_counter(), state.step
         sampler.set_epoch(epoch, start_step * args.batch_size)
         num_steps = start_step + len(loader_train)
-
-        def seed_step(step, epoch=epoch):
-            utils.seed_everything(samplers.counter_seed(args.seed, epoch, utils.rank(), step))
-
-        state.step = train_one_epoch(
-            parallel, hooks, criterion, loader_train, optimizer, scaler, state.meter,
-            epoch=epoch, start_step=start_step, seed_step=seed_step, **training,
-        )  # fmt: skip
+        state.step = train(loader_train, meter=state.meter, epoch=epoch, start_step=start_step)
         seconds = time.perf_counter() - began
         if state.step < num_steps:
             folder and folder.save(state.to_dict(args))
