@@ -10,6 +10,8 @@ import resource
 import time
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy
 from timm.optim import create_optimizer_v2
@@ -169,6 +171,9 @@ def get_args_parser():
     run.add_argument("--eval", action="store_true", help="score the weights and stop")
     run.add_argument("--eval-ema", action="store_true", help="score the moving average, too or (--eval) instead")
     run.add_argument("--dist-eval", action=on_off, default=True, help="share evaluation between the processes")
+    run.add_argument(
+        "--export", default="", metavar="FILE", help="write --resume's weights alone as safetensors, and stop"
+    )
     run.add_argument("--dry-run", action="store_true", help="build all, run one batch, say what was built, and stop")
     run.add_argument("--world_size", "--world-size", type=int, help="number of processes that is expected")
     run.add_argument("--dist_url", "--dist-url", default="env://", help="rendezvous address")
@@ -620,7 +625,20 @@ def say_accuracy(stats, name="the network"):
     return stats
 
 
+def export(args):
+    """--export: the student's weights, or with --eval-ema their moving average, for timm.create_model(checkpoint_path=)."""
+    if not args.resume:
+        raise utils.UserError("--export needs the checkpoint to export: give --resume FILE")
+    weights = utils.extract_weights(utils.load_checkpoint(args.resume), ema=args.eval_ema)
+    with utils.as_user_error(f"--export {args.export}: ", OSError, SafetensorError):
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, args.export)
+    utils.say(f"wrote {len(weights)} tensors to {args.export}")
+
+
 def main(args):
+    if args.export:
+        return export(args)
+
     # Set-up
     device = utils.init_distributed(args.device, args.dist_url, args.dist_timeout)
     utils.seed_everything(args.seed + utils.rank())
