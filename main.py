@@ -626,7 +626,7 @@ def say_accuracy(stats, name="the network"):
 
 
 def export(args):
-    """--export: the student's weights, or with --eval-ema their moving average, for timm.create_model(checkpoint_path=)."""
+    """--export: the weights, or with --eval-ema their moving average, for timm.create_model(checkpoint_path=...)."""
     if not args.resume:
         raise utils.UserError("--export needs the checkpoint to export: give --resume FILE")
     weights = utils.extract_weights(utils.load_checkpoint(args.resume), ema=args.eval_ema)
