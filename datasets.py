@@ -5,12 +5,14 @@ on the device, which is a quarter of the float traffic.
 """
 
 import json
+import math
 import random
 from multiprocessing import Value
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data import create_transform
 from timm.data.auto_augment import auto_augment_transform
 from timm.data.loader import fast_collate
@@ -259,3 +261,71 @@ def build_loader(dataset, sampler, batch_size, num_workers, *, drop_last, pin_me
         persistent_workers=num_workers > 0,
         timeout=timeout if num_workers > 0 else 0,
     )
+
+
+GRATINGS_SIZES = {"train": 6000, "val": 3000}
+_COSINE = np.array([round(256 * math.cos(2 * math.pi * k / 1024)) for k in range(1024)])
+
+
+class Gratings(Dataset):
+    """Embedded data set: colour images of a grating whose orientation and spatial frequency are the class.
+
+    Six orientations times four frequencies. Phase, colours and contrast are random, orientation and frequency jitter
+    about their class's, and a second, weaker grating, a disc and noise distract; so some images lie between classes.
+    An image is a function of (split, index) alone, in integer arithmetic on raw random bits, so that it is the same on
+    every machine and under every version of numpy.
+
+    Args:
+        split: "train" or "val".
+        num_images: length of the data set; the first n images are the same for every length.
+        image_size: side of the images, pixels.
+        transform: RGB PIL image -> anything.
+    """
+
+    ORIENTATIONS = 6  # over half a turn
+    FREQUENCIES = (2.0, 3.0, 4.5, 6.75)  # cycles an image
+    JITTER = 0.45  # of orientation and frequency, largest, in steps between classes
+    DISTRACTOR = 0.9  # largest amplitude of the second grating, as a part of the first's
+    NOISE = 90  # largest deviation of the noise, grey levels
+
+    def __init__(self, split, num_images, image_size=32, transform=None):
+        self.split = ("train", "val").index(split)
+        self.num_images, self.image_size, self.transform = num_images, image_size, transform
+        degrees = [180 * o // self.ORIENTATIONS for o in range(self.ORIENTATIONS)]
+        self.classes = [f"orientation {o}, frequency {f:g}" for o in degrees for f in self.FREQUENCIES]
+        self._y, self._x = np.mgrid[:image_size, :image_size]
+
+    def __len__(self):
+        return self.num_images
+
+    def __getitem__(self, index):
+        label = index % len(self.classes)
+        image = Image.fromarray(self.pixels(index, label))
+        return (self.transform(image) if self.transform else image), label
+
+    def pixels(self, index, label):
+        """uint8 (image_size, image_size, 3)."""
+        size = self.image_size
+        bits = np.random.PCG64(np.random.SeedSequence((self.split, index))).random_raw(20 + 3 * size * size // 4)
+        bits = bits.astype("<u8")  # bytes in one order on every machine
+        u = [int(word) / 2**64 for word in bits[:20]]
+        orientation, frequency = divmod(label, len(self.FREQUENCIES))
+        wave = self._wave(orientation + self.JITTER * (2 * u[0] - 1), frequency + self.JITTER * (2 * u[1] - 1), u[2])
+        other = self._wave(self.ORIENTATIONS * u[3], (len(self.FREQUENCIES) - 1) * u[4], u[5])
+        wave = wave * 256 + other * int(256 * self.DISTRACTOR * u[6])
+        contrast = 0.15 + 0.25 * u[7]
+        direction = np.array([round(255 * contrast * (0.4 + 0.6 * v)) for v in u[8:11]])
+        background = np.array([round(70 + 115 * v) for v in u[11:14]])
+        image = background + (wave[..., None] * direction >> 16)
+        radius = size * (0.08 + 0.12 * u[14])
+        disc = (self._x - int(size * u[15])) ** 2 + (self._y - int(size * u[16])) ** 2 < int(radius * radius)
+        image[disc] = [round(255 * v) for v in u[17:20]]
+        noise = bits[20:].view(np.uint8)[: 6 * size * size].reshape(2, size, size, 3).astype(np.int64).sum(axis=0) - 255
+        return np.clip(image + (noise * self.NOISE >> 8), 0, 255).astype(np.uint8)
+
+    def _wave(self, orientation, frequency, phase):
+        """256 cos(2 pi (f . x + phase)) on the grid; orientation and frequency in steps between classes."""
+        angle = math.pi * orientation / self.ORIENTATIONS
+        cycles = self.FREQUENCIES[0] * (self.FREQUENCIES[1] / self.FREQUENCIES[0]) ** frequency
+        step_x, step_y = (round(2**16 * cycles * part / self.image_size) for part in (math.cos(angle), math.sin(angle)))
+        return _COSINE[(self._x * step_x + self._y * step_y + int(2**16 * phase) >> 6) % 1024]
