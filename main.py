@@ -6,8 +6,10 @@ import contextlib
 import datetime
 import functools
 import itertools
+import math
 import resource
 import time
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -44,6 +46,35 @@ class Parser(argparse.ArgumentParser):
         raise utils.UserError(message)
 
 
+def number(kind, low, high=math.inf, *, ends=True):
+    """An argparse type: an int or float inside [low, high], or inside (low, high) without `ends`; never nan."""
+    brackets = "[]" if ends and math.isfinite(high) else "[)" if ends else "()"
+    name = "a whole number" if kind is int else "a number"
+    expected = (
+        f"{name} in {brackets[0]}{low:g}, {high:g}{brackets[1]}" if (low, high) != (-math.inf, math.inf) else name
+    )
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text}") from None
+        inside = low <= value <= high if ends else low < value < high
+        if not inside or math.isinf(value):
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text}")
+        return value
+
+    return parse
+
+
+PART = number(float, 0, 1)  # a probability or a share
+AMOUNT = number(float, 0)
+POSITIVE = number(float, 0, ends=False)
+COUNT = number(int, 0)
+AT_LEAST_ONE = number(int, 1)
+ON_OFF = argparse.BooleanOptionalAction
+
+
 def get_args_parser():
     parser = Parser(
         description="Distil a vision transformer by spectral feature matching.",
@@ -51,137 +82,136 @@ def get_args_parser():
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    on_off = argparse.BooleanOptionalAction
-
-    data = parser.add_argument_group("data")
-    data.add_argument("--data-set", default="IMNET", choices=datasets.DATA_SETS, help="data set; GRATINGS is embedded")
-    data.add_argument("--data-path", help="folder of the data set; IMNET: train/ and val/, a folder a class in each")
-    data.add_argument("--inat-category", default="name", help="taxonomic level that is the class (INAT, INAT19)")
-    data.add_argument("--gratings-sizes", nargs=2, type=int, metavar=("TRAIN", "VAL"), help="images of GRATINGS")
-    data.add_argument("--input-size", type=int, default=224, help="side of the input images, pixels")
-    data.add_argument("--eval-crop-ratio", type=float, default=0.875, help="centre crop's part of the resized image")
-    data.add_argument("--batch-size", type=int, default=64, help="images a process and step")
-    data.add_argument("--num_workers", "--num-workers", type=int, default=10, help="loader processes a process")
-    data.add_argument("--pin-mem", action=on_off, default=True, help="page-locked batches, for faster copies to a GPU")
-    data.add_argument(
-        "--loader-timeout", type=float, default=0, help="seconds to wait for a loader worker; 0: for ever"
-    )
-    data.add_argument("--skip-bad-images", type=int, default=0, help="unreadable training images to replace, a process")
-    data.add_argument("--repeated-aug", action=on_off, default=True, help="each image of an epoch three times")
-
-    student = parser.add_argument_group("student")
-    student.add_argument("--model", default="deit_tiny_patch16_224", help="any timm model")
-    student.add_argument(
-        "--model-kwargs", nargs="*", default=[], metavar="KEY=VALUE", help="arguments of the timm model"
-    )
-    student.add_argument("--num-classes", type=int, help="classes of the head; default: those of the data set")
-    student.add_argument("--pretrained", action="store_true", help="start from timm's own weights")
-    student.add_argument("--finetune", default="", help="start from the weights of this file or URL")
-    student.add_argument("--drop", type=float, default=0.0, help="dropout probability")
-    student.add_argument("--drop-path", type=float, default=0.0, help="stochastic depth probability")
-    student.add_argument("--attn-only", action="store_true", help="train attention, position embedding and head only")
-    student.add_argument("--train-mode", action=on_off, default=True, help="off: no dropout and no stochastic depth")
-    student.add_argument("--model-ema", action=on_off, default=True, help="keep a moving average of the weights")
-    student.add_argument("--model-ema-decay", type=float, default=0.99996, help="its decay a step")
-    student.add_argument("--model-ema-force-cpu", action="store_true", help="keep it in host memory")
-
-    distil = parser.add_argument_group("teacher and distillation")
-    distil.add_argument("--distillation-type", default="none", choices=("none", "fft", "soft", "hard"), help="loss")
-    distil.add_argument("--teacher-model", default="cait_s24_224", help="any timm model")
-    distil.add_argument("--teacher-path", default="", help="its weights, file or URL; default: timm's own, downloaded")
-    distil.add_argument("--teacher-kwargs", nargs="*", default=[], metavar="KEY=VALUE", help="as --model-kwargs")
-    distil.add_argument(
-        "--distillation-alpha",
-        type=float,
-        default=0.5,
-        help="weight of the logits' distillation; cross-entropy has 1 - alpha, in fft as well",
-    )
-    distil.add_argument("--distillation-tau", type=float, default=1.0, help="temperature of soft distillation")
-
-    spectrum = parser.add_argument_group("spectral")
-    spectrum.add_argument("--s-id", nargs="+", type=int, default=[], help="student blocks, in the order of --t-id")
-    spectrum.add_argument("--t-id", nargs="+", type=int, default=[], help="teacher blocks, one for each of --s-id")
-    spectrum.add_argument("--w-fft", type=float, default=0.2, help="weight of the feature loss")
-    spectrum.add_argument("--distillation-beta", type=float, default=1.0, help="further factor of the feature loss")
-    spectrum.add_argument(
-        "--feature-loss",
-        default="spectral",
-        choices=sorted(spectral.FEATURE_LOSSES),
-        help="mse: spatial twin, a control",
-    )
-
-    optim = parser.add_argument_group("optimisation")
-    optim.add_argument("--epochs", type=int, default=300, help="epochs")
-    optim.add_argument("--accum-steps", type=int, default=1, help="batches an optimizer step")
-    optim.add_argument(
-        "--amp-dtype", choices=DTYPES, help="autocast dtype; default: float16 on a GPU, float32 on a CPU"
-    )
-    optim.add_argument(
-        "--bce-loss", action="store_true", help="binary cross-entropy (DeiT III) instead of cross-entropy"
-    )
-    optim.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
-    optim.add_argument("--opt", default="adamw", help="any timm optimizer")
-    optim.add_argument("--opt-eps", type=float, help="its epsilon; default: its own")
-    optim.add_argument("--opt-betas", nargs="+", type=float, help="its betas; default: its own")
-    optim.add_argument("--clip-grad", type=float, help="largest gradient norm; default: none")
-    optim.add_argument("--momentum", type=float, default=0.9, help="momentum of SGD")
-    optim.add_argument("--weight-decay", type=float, default=0.05, help="weight decay")
-    optim.add_argument("--lr", type=float, default=5e-4, help="learning rate at a global batch of 512")
-    optim.add_argument("--unscale-lr", action="store_true", help="take --lr, --warmup-lr, --min-lr as they are")
-    optim.add_argument("--sched", default="cosine", help="any timm scheduler")
-    optim.add_argument(
-        "--lr-noise", nargs="+", type=float, help="part or parts of the epochs with a noisy learning rate"
-    )
-    optim.add_argument("--lr-noise-pct", type=float, default=0.67, help="limit of that noise")
-    optim.add_argument("--lr-noise-std", type=float, default=1.0, help="its standard deviation")
-    optim.add_argument("--warmup-lr", type=float, default=1e-6, help="learning rate at the start of the warm-up")
-    optim.add_argument("--min-lr", type=float, default=1e-5, help="lowest learning rate of the schedule")
-    optim.add_argument("--decay-epochs", type=float, default=30, help="epochs between decays (step)")
-    optim.add_argument("--decay-rate", type=float, default=0.1, help="factor of a decay (step, plateau)")
-    optim.add_argument("--warmup-epochs", type=int, default=5, help="epochs of warm-up")
-    optim.add_argument("--cooldown-epochs", type=int, default=0, help="epochs at --min-lr after --epochs")
-    optim.add_argument("--patience-epochs", type=int, default=10, help="epochs without a gain before a decay (plateau)")
-
-    augment = parser.add_argument_group("augmentation")
-    augment.add_argument(
-        "--color-jitter", type=float, default=0.4, help="strength; timm leaves it out where --aa is on"
-    )
-    augment.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="timm's automatic augmentation, or none")
-    augment.add_argument("--train-interpolation", default="bicubic", choices=INTERPOLATIONS, help="of the resized crop")
-    augment.add_argument("--ThreeAugment", action="store_true", help="DeiT III's 3-Augment instead of --aa")
-    augment.add_argument("--src", action="store_true", help="DeiT III's simple random crop")
-    augment.add_argument("--reprob", type=float, default=0.25, help="probability of random erasing")
-    augment.add_argument("--remode", default="pixel", choices=("const", "rand", "pixel"), help="what erases")
-    augment.add_argument("--recount", type=int, default=1, help="most boxes an image")
-    augment.add_argument("--mixup", type=float, default=0.0, help="alpha of mixup; 0: off")
-    augment.add_argument("--cutmix", type=float, default=0.0, help="alpha of CutMix; 0: off")
-    augment.add_argument("--cutmix-minmax", nargs=2, type=float, help="limits of the cut's side, instead of --cutmix")
-    augment.add_argument("--mixup-prob", type=float, default=1.0, help="probability of either")
-    augment.add_argument("--mixup-switch-prob", type=float, default=0.5, help="probability of CutMix where both are on")
-    augment.add_argument("--mixup-mode", default="batch", choices=("batch", "pair", "elem"), help="what shares a draw")
-
-    run = parser.add_argument_group("run")
-    run.add_argument("--output_dir", "--output-dir", default="", help="folder of checkpoints and logs; default: none")
-    run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    run.add_argument("--seed", type=int, default=0, help="seed of weights, order and augmentation")
-    run.add_argument("--resume", default="", help="checkpoint, URL, or auto: the newest whole one in --output_dir")
-    run.add_argument("--start_epoch", "--start-epoch", type=int, help="first epoch; default: the checkpoint's next")
-    run.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds checkpoints")
-    run.add_argument("--save-every", type=int, default=0, help="keep a checkpoint every so many epochs; 0: none")
-    run.add_argument("--eval", action="store_true", help="score the weights and stop")
-    run.add_argument("--eval-ema", action="store_true", help="score the moving average, too or (--eval) instead")
-    run.add_argument("--dist-eval", action=on_off, default=True, help="share evaluation between the processes")
-    run.add_argument(
-        "--export", default="", metavar="FILE", help="write --resume's weights alone as safetensors, and stop"
-    )
-    run.add_argument("--dry-run", action="store_true", help="build all, run one batch, say what was built, and stop")
-    run.add_argument("--world_size", "--world-size", type=int, help="number of processes that is expected")
-    run.add_argument("--dist_url", "--dist-url", default="env://", help="rendezvous address")
-    run.add_argument("--dist-timeout", type=float, default=1800, help="seconds before a hung collective ends the job")
-
+    add_data_flags(parser.add_argument_group("data").add_argument)
+    add_student_flags(parser.add_argument_group("student").add_argument)
+    add_teacher_flags(parser.add_argument_group("teacher and distillation").add_argument)
+    add_spectral_flags(parser.add_argument_group("spectral").add_argument)
+    add_optimisation_flags(parser.add_argument_group("optimisation").add_argument)
+    add_augmentation_flags(parser.add_argument_group("augmentation").add_argument)
+    add_run_flags(parser.add_argument_group("run").add_argument)
     for flag in REFUSED:
         parser.add_argument(flag, nargs="?", const=True, help=argparse.SUPPRESS)
     return parser
+
+
+def add_data_flags(add):
+    add("--data-set", default="IMNET", choices=datasets.DATA_SETS, help="data set; GRATINGS is embedded")
+    add("--data-path", help="folder of the data set; IMNET: train/ and val/, a folder a class in each")
+    add("--inat-category", default="name", choices=datasets.INAT_CATEGORIES, help="level that is the class (INAT*)")
+    add("--gratings-sizes", nargs=2, type=AT_LEAST_ONE, metavar=("TRAIN", "VAL"), help="images of GRATINGS")
+    add("--input-size", type=AT_LEAST_ONE, default=224, help="side of the input images, pixels")
+    add(
+        "--eval-crop-ratio",
+        type=number(float, 0, 1.0000001, ends=False),
+        default=0.875,
+        help="centre crop's part of the resized image",
+    )
+    add("--batch-size", type=AT_LEAST_ONE, default=64, help="images a process and step")
+    add("--num_workers", "--num-workers", type=COUNT, default=10, help="loader processes a process")
+    add("--pin-mem", action=ON_OFF, default=True, help="page-locked batches, for faster copies to a GPU")
+    add("--loader-timeout", type=AMOUNT, default=0, help="seconds to wait for a loader worker; 0: for ever")
+    add("--skip-bad-images", type=COUNT, default=0, help="unreadable training images to replace, a process")
+    add("--repeated-aug", action=ON_OFF, default=True, help="each image of an epoch three times")
+
+
+def add_student_flags(add):
+    add("--model", default="deit_tiny_patch16_224", help="any timm model")
+    add("--model-kwargs", nargs="*", default=[], metavar="KEY=VALUE", help="arguments of the timm model")
+    add("--num-classes", type=AT_LEAST_ONE, help="classes of the head; default: those of the data set")
+    add("--pretrained", action="store_true", help="start from timm's own weights")
+    add("--finetune", default="", help="start from the weights of this file or URL")
+    add("--drop", type=PART, default=0.0, help="dropout probability")
+    add("--drop-path", type=PART, default=0.0, help="stochastic depth probability")
+    add("--attn-only", action="store_true", help="train attention, position embedding and head only")
+    add("--train-mode", action=ON_OFF, default=True, help="off: no dropout and no stochastic depth")
+    add("--model-ema", action=ON_OFF, default=True, help="keep a moving average of the weights")
+    add("--model-ema-decay", type=number(float, 0, 1, ends=False), default=0.99996, help="its decay a step")
+    add("--model-ema-force-cpu", action="store_true", help="keep it in host memory")
+
+
+def add_teacher_flags(add):
+    add("--distillation-type", default="none", choices=("none", "fft", "soft", "hard"), help="loss")
+    add("--teacher-model", default="cait_s24_224", help="any timm model")
+    add("--teacher-path", default="", help="its weights, file or URL; default: timm's own, downloaded")
+    add("--teacher-kwargs", nargs="*", default=[], metavar="KEY=VALUE", help="as --model-kwargs")
+    add(
+        "--distillation-alpha",
+        type=PART,
+        default=0.5,
+        help="weight of the logits' distillation; cross-entropy has 1 - alpha, in fft as well",
+    )
+    add("--distillation-tau", type=POSITIVE, default=1.0, help="temperature of soft distillation")
+
+
+def add_spectral_flags(add):
+    add("--s-id", nargs="+", type=COUNT, default=[], help="student blocks, in the order of --t-id")
+    add("--t-id", nargs="+", type=COUNT, default=[], help="teacher blocks, one for each of --s-id")
+    add("--w-fft", type=AMOUNT, default=0.2, help="weight of the feature loss")
+    add("--distillation-beta", type=AMOUNT, default=1.0, help="further factor of the feature loss")
+    kinds = sorted(spectral.FEATURE_LOSSES)
+    add("--feature-loss", default="spectral", choices=kinds, help="mse: spatial twin, a control")
+
+
+def add_optimisation_flags(add):
+    add("--epochs", type=AT_LEAST_ONE, default=300, help="epochs")
+    add("--accum-steps", type=AT_LEAST_ONE, default=1, help="batches an optimizer step")
+    add("--amp-dtype", choices=DTYPES, help="autocast dtype; default: float16 on a GPU, float32 on a CPU")
+    add("--bce-loss", action="store_true", help="binary cross-entropy (DeiT III) instead of cross-entropy")
+    add("--smoothing", type=PART, default=0.1, help="label smoothing")
+    add("--opt", default="adamw", help="any timm optimizer")
+    add("--opt-eps", type=POSITIVE, help="its epsilon; default: its own")
+    add("--opt-betas", nargs="+", type=PART, help="its betas; default: its own")
+    add("--clip-grad", type=POSITIVE, help="largest gradient norm; default: none")
+    add("--momentum", type=PART, default=0.9, help="momentum of SGD")
+    add("--weight-decay", type=AMOUNT, default=0.05, help="weight decay")
+    add("--lr", type=AMOUNT, default=5e-4, help="learning rate at a global batch of 512")
+    add("--unscale-lr", action="store_true", help="take --lr as it is")
+    add("--sched", default="cosine", help="any timm scheduler")
+    add("--lr-noise", nargs="+", type=PART, help="part or parts of the epochs with a noisy learning rate")
+    add("--lr-noise-pct", type=AMOUNT, default=0.67, help="limit of that noise")
+    add("--lr-noise-std", type=AMOUNT, default=1.0, help="its standard deviation")
+    add("--warmup-lr", type=AMOUNT, default=1e-6, help="learning rate at the start of the warm-up")
+    add("--min-lr", type=AMOUNT, default=1e-5, help="lowest learning rate of the schedule")
+    add("--decay-epochs", type=POSITIVE, default=30, help="epochs between decays (step)")
+    add("--decay-rate", type=POSITIVE, default=0.1, help="factor of a decay (step, plateau)")
+    add("--warmup-epochs", type=COUNT, default=5, help="epochs of warm-up")
+    add("--cooldown-epochs", type=COUNT, default=0, help="epochs at --min-lr after --epochs")
+    add("--patience-epochs", type=COUNT, default=10, help="epochs without a gain before a decay (plateau)")
+
+
+def add_augmentation_flags(add):
+    add("--color-jitter", type=AMOUNT, default=0.4, help="strength; timm leaves it out where --aa is on")
+    add("--aa", default="rand-m9-mstd0.5-inc1", help="timm's automatic augmentation, or none")
+    add("--train-interpolation", default="bicubic", choices=INTERPOLATIONS, help="of the resized crop")
+    add("--ThreeAugment", action="store_true", help="DeiT III's 3-Augment instead of --aa")
+    add("--src", action="store_true", help="DeiT III's simple random crop")
+    add("--reprob", type=PART, default=0.25, help="probability of random erasing")
+    add("--remode", default="pixel", choices=("const", "rand", "pixel"), help="what erases")
+    add("--recount", type=AT_LEAST_ONE, default=1, help="most boxes an image")
+    add("--mixup", type=PART, default=0.0, help="alpha of mixup; 0: off")
+    add("--cutmix", type=PART, default=0.0, help="alpha of CutMix; 0: off")
+    add("--cutmix-minmax", nargs=2, type=PART, help="limits of the cut's side, instead of --cutmix")
+    add("--mixup-prob", type=PART, default=1.0, help="probability of either")
+    add("--mixup-switch-prob", type=PART, default=0.5, help="probability of CutMix where both are on")
+    add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"), help="what shares a draw")
+
+
+def add_run_flags(add):
+    add("--output_dir", "--output-dir", default="", help="folder of checkpoints and logs; default: none")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    add("--seed", type=COUNT, default=0, help="seed of weights, order and augmentation")
+    add("--resume", default="", help="checkpoint, URL, or auto: the newest whole one in --output_dir")
+    add("--start_epoch", "--start-epoch", type=COUNT, help="first epoch; default: the checkpoint's next")
+    add("--overwrite", action="store_true", help="start anew in a folder that holds checkpoints")
+    add("--save-every", type=COUNT, default=0, help="keep a checkpoint every so many epochs; 0: none")
+    add("--eval", action="store_true", help="score the weights and stop")
+    add("--eval-ema", action="store_true", help="score the moving average, too or (--eval) instead")
+    add("--dist-eval", action=ON_OFF, default=True, help="share evaluation between the processes")
+    add("--export", default="", metavar="FILE", help="write --resume's weights alone as safetensors, and stop")
+    add("--dry-run", action="store_true", help="build all, run one batch, say what was built, and stop")
+    add("--world_size", "--world-size", type=AT_LEAST_ONE, help="number of processes that is expected")
+    add("--dist_url", "--dist-url", default="env://", help="rendezvous address")
+    add("--dist-timeout", type=POSITIVE, default=1800, help="seconds before a hung collective ends the job")
 
 
 REFUSED = {
@@ -205,20 +235,119 @@ def parse_args(argv=None):
 def check_args(args, given):
     """Checks flags by themselves and against each other, before any data or model is touched.
 
+    Args:
+        args: the parsed flags; those of REFUSED are taken out.
+        given: names of the flags that were on the command line.
+
     Raises:
         utils.UserError: with one line.
     """
     for flag, why in REFUSED.items():
         if vars(args).pop(flag.lstrip("-")) is not None:
             raise utils.UserError(f"{flag} has no place here: {why}; leave it out")
-    if args.distillation_type != "none" and args.w_fft * args.distillation_beta > 0:
-        if not args.s_id or not args.t_id:
-            raise utils.UserError("the feature loss needs --s-id and --t-id: give both, or --w-fft 0")
-        if len(args.s_id) != len(args.t_id):
+    check_modes(args)
+    check_paths(args)
+    check_names(args)
+    if args.eval or args.export:
+        return  # a training command with --eval added is fine
+    for needs, used, names in UNUSED:
+        for name in names:
+            if name in given and not used(args):
+                raise utils.UserError(f"--{name.replace('_', '-')} has no effect without {needs}: leave it out")
+    check_pairs(args)
+    check_schedule(args, given)
+    if args.bce_loss and args.smoothing > 0:
+        raise utils.UserError("--bce-loss would take every smoothed class as present: give --smoothing 0 with it")
+
+
+SPECTRAL_FLAGS = ("s_id", "t_id", "w_fft", "distillation_beta", "feature_loss")
+UNUSED = (  # (what the flags need, whether it is there, the flags)
+    (
+        "--distillation-type soft, hard or fft",
+        lambda args: args.distillation_type != "none",
+        ("distillation_alpha", "teacher_model", "teacher_path", "teacher_kwargs", *SPECTRAL_FLAGS),
+    ),
+    ("--distillation-type soft", lambda args: args.distillation_type == "soft", ("distillation_tau",)),
+    ("--data-set GRATINGS", lambda args: args.data_set == "GRATINGS", ("gratings_sizes",)),
+    ("--data-set INAT or INAT19", lambda args: args.data_set.startswith("INAT"), ("inat_category",)),
+    ("--model-ema", lambda args: args.model_ema, ("model_ema_decay", "model_ema_force_cpu", "eval_ema")),
+    ("--mixup or --cutmix", lambda args: mixup_wanted(args), ("mixup_prob", "mixup_switch_prob", "mixup_mode")),
+    ("--reprob above 0", lambda args: args.reprob > 0, ("remode", "recount")),
+    ("--lr-noise", lambda args: args.lr_noise, ("lr_noise_pct", "lr_noise_std")),
+    ("--sched plateau", lambda args: args.sched == "plateau", ("patience_epochs",)),
+    ("--ThreeAugment left out", lambda args: not args.ThreeAugment, ("aa",)),
+    ("--output_dir", lambda args: args.output_dir, ("save_every", "overwrite")),
+)
+
+
+def check_modes(args):
+    exclusive = [flag for flag in ("eval", "export", "dry_run") if getattr(args, flag)]
+    if len(exclusive) > 1:
+        first, second = (f"--{flag.replace('_', '-')}" for flag in exclusive[:2])
+        raise utils.UserError(f"{first} and {second} exclude each other: give one")
+    if args.eval and not (args.resume or args.finetune or args.pretrained):
+        raise utils.UserError("--eval without weights would score a random model: give --resume FILE or --pretrained")
+    if args.pretrained and args.finetune:
+        raise utils.UserError("--pretrained and --finetune both set the first weights: give one")
+    if args.resume == "auto" and not args.output_dir:
+        raise utils.UserError("--resume auto looks into --output_dir, which is not given: name the run's folder")
+    if args.resume and args.overwrite:
+        raise utils.UserError("--resume goes on with a run and --overwrite starts anew: give one")
+
+
+def check_paths(args):
+    if args.data_set != "GRATINGS" and not args.export:
+        if not args.data_path:
+            raise utils.UserError(f"--data-set {args.data_set} needs --data-path, the folder of its images")
+        if not Path(args.data_path).is_dir():
+            raise utils.UserError(f"--data-path {args.data_path} is not a folder: name the folder of the data set")
+    teacher_path = args.teacher_path if args.distillation_type != "none" and not args.eval else ""
+    for flag, path in (("resume", args.resume), ("finetune", args.finetune), ("teacher-path", teacher_path)):
+        if path and path != "auto" and "://" not in path and not Path(path).is_file():
+            found = "is a folder" if Path(path).is_dir() else "does not exist"
+            raise utils.UserError(f"--{flag} {path} {found}: name a file of weights")
+
+
+def check_names(args):
+    models.check_name(args.model)
+    if args.distillation_type != "none" and not args.eval:
+        models.check_name(args.teacher_model)
+    with utils.as_user_error(f"--device {args.device}: expected cuda, cuda:N or cpu: ", RuntimeError):
+        device = torch.device(args.device)
+    if device.type not in ("cuda", "cpu"):
+        raise utils.UserError(f"--device {args.device}: expected cuda, cuda:N or cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise utils.UserError(
+            f"--device {args.device}: this machine has {torch.cuda.device_count()} such GPUs; try cpu"
+        )
+    key_values(args.model_kwargs + args.teacher_kwargs)
+
+
+def check_pairs(args):
+    if args.distillation_type == "none":
+        return
+    if len(args.s_id) != len(args.t_id):
+        raise utils.UserError(
+            f"--s-id has {len(args.s_id)} ids but --t-id has {len(args.t_id)}: give one teacher block per student block"
+        )
+    weight = args.w_fft * args.distillation_beta
+    if weight > 0 and not args.s_id:
+        raise utils.UserError("the feature loss needs --s-id and --t-id: give both, or --w-fft 0")
+    if weight == 0 and args.distillation_type == "fft":
+        raise utils.UserError("--distillation-type fft is the feature loss alone: give --w-fft above 0")
+    if weight == 0 and args.s_id:
+        utils.say("--s-id and --t-id have no effect: --w-fft 0 leaves the feature loss out")
+
+
+def check_schedule(args, given):
+    if args.warmup_epochs > args.epochs:
+        if "warmup_epochs" in given:
             raise utils.UserError(
-                f"--s-id has {len(args.s_id)} ids but --t-id has {len(args.t_id)}: "
-                "give one teacher block per student block"
+                f"--warmup-epochs {args.warmup_epochs} is longer than the run of --epochs {args.epochs}: lower it"
             )
+        utils.say(f"warning: all {args.epochs} epochs are warm-up, whose default is {args.warmup_epochs} epochs")
+    if args.min_lr > args.lr:
+        utils.say(f"warning: --min-lr {args.min_lr:g} is above --lr {args.lr:g}")
 
 
 # Building

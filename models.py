@@ -1,5 +1,6 @@
 """Builds timm models, and loads weights of any of timm's families into them."""
 
+import difflib
 import math
 import re
 import sys
@@ -8,6 +9,13 @@ import timm
 from timm.layers import resample_abs_pos_embed
 
 import utils
+
+
+def check_name(name):
+    """Raises a utils.UserError that names timm's nearest models where timm has no model of this name."""
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
+        raise utils.UserError(f"timm has no model {name}: try {' or '.join(near) or 'one of timm.list_models()'}")
 
 
 def build_model(name, num_classes, *, input_size=224, kwargs=None, pretrained=False, drop=0.0, drop_path=0.0):
@@ -24,10 +32,7 @@ def build_model(name, num_classes, *, input_size=224, kwargs=None, pretrained=Fa
     Raises:
         utils.UserError: timm has no such model or argument, or cannot get its weights.
     """
-    if not timm.is_model(name):
-        family = re.split(r"[_.\d]", name)[0]
-        near = timm.list_models(f"*{family}*")[:5] if family else []
-        raise utils.UserError(f"timm has no model {name}: try {', '.join(near) or 'one of timm.list_models()'}")
+    check_name(name)
     options = {"drop_rate": drop, "drop_path_rate": drop_path, **(kwargs or {})}
     if timm.models.get_pretrained_cfg_value(name, "fixed_input_size"):
         options.setdefault("img_size", input_size)
