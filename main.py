@@ -316,10 +316,9 @@ def check_names(args):
         device = torch.device(args.device)
     if device.type not in ("cuda", "cpu"):
         raise utils.UserError(f"--device {args.device}: expected cuda, cuda:N or cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise utils.UserError(
-            f"--device {args.device}: this machine has {torch.cuda.device_count()} such GPUs; try cpu"
-        )
+    found = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= found:
+        raise utils.UserError(f"--device {args.device}: this machine has {found} GPUs; try --device cpu")
     key_values(args.model_kwargs + args.teacher_kwargs)
 
 
@@ -554,6 +553,8 @@ def build_optimizer(args, model):
             noise_pct=args.lr_noise_pct,
             noise_std=args.lr_noise_std,
         )
+        if scheduler is None:  # what older releases of timm say of an unknown name
+            raise ValueError("timm has no such scheduler")
     return optimizer, scheduler, num_epochs
 
 
@@ -770,17 +771,22 @@ def main(args):
 
     # Set-up
     device = utils.init_distributed(args.device, args.dist_url, args.dist_timeout)
-    utils.seed_everything(args.seed + utils.rank())
     folder = utils.open_output_folder(None if args.eval or args.dry_run else args.output_dir)
     amp_dtype = DTYPES[args.amp_dtype or ("float16" if device.type == "cuda" else "float32")]
 
     # Data
     dataset_train, dataset_val = build_datasets(args)
     num_classes = args.num_classes or len(dataset_val.classes)
+    if num_classes < len(dataset_val.classes):
+        raise utils.UserError(
+            f"--num-classes {num_classes} is less than the {len(dataset_val.classes)} of the data set"
+        )
     loader_train, sampler, loader_val = build_loaders(args, dataset_train, dataset_val)
 
-    # Student; the moving average is a copy of it, so made before the hooks, and both before the wrappers
+    # Student, alike on all processes; its moving average is a copy made before the hooks, and both before the wrappers
+    utils.seed_everything(args.seed)
     model = build_student(args, num_classes).to(device)
+    utils.seed_everything(args.seed + utils.rank())
     prepare = datasets.Prepare(*normalisation(model), args.reprob, args.remode, args.recount, device)
     scoring = {"device": device, "prepare": prepare, "amp_dtype": amp_dtype, "sharded": args.dist_eval}
     if args.eval:
