@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import STUDENT, TEACHER, distil, run_main, tiny_run
+from conftest import STUDENT, distil, run_main, tiny_run
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -97,8 +97,6 @@ def test_eval_ema_scores_the_moving_average(distilled):
 
 
 def test_the_copies_of_an_image_are_augmented_differently_on_two_processes():
-    done = run_main(*tiny_run("--gratings-sizes", 96, 49, "--batch-size", 8, "--dry-run"), processes=2)
-    assert done.returncode == 0, done.stderr
     args = main.parse_args(tiny_run())
     batches = []
     for rank in range(2):
@@ -192,25 +190,18 @@ def digits(tmp_path_factory):
     return root
 
 
-def test_a_teacher_and_a_spectral_student_learn_real_handwritten_digits(digits, tmp_path, capsys):
-    common = ["--data-path", digits, "--input-size", 32, "--num_workers", 0, "--device", "cpu", "--batch-size", 36]
-    common += ["--aa", "none", "--warmup-epochs", 1, "--reprob", 0, "--lr", 0.02, "--model-ema-decay", 0.99]
+def test_a_teacher_and_a_spectral_student_learn_real_handwritten_digits(digits, tmp_path):
+    common = ["--data-path", digits, "--input-size", 32, "--num_workers", 0, "--device", "cpu", "--batch-size", 16]
+    common += ["--model", "resnet18", "--epochs", 4, "--warmup-epochs", 0, "--lr", 0.1, "--no-repeated-aug"]
+    common += ["--aa", "none", "--color-jitter", 0, "--reprob", 0, "--no-model-ema"]
+    wide, narrow = "channels=(16,16,32,32)", "channels=(8,8,16,16)"
     teacher, student = tmp_path / "teacher", tmp_path / "student"
-    run(*common, "--model", "cait_s24_224", "--model-kwargs", *TEACHER, "--epochs", 5, "--output_dir", teacher)
+    run(*common, "--model-kwargs", wide, "--output_dir", teacher)
     run(
-        *(
-            *common,
-            "--model",
-            "deit_tiny_patch16_224",
-            "--model-kwargs",
-            *STUDENT,
-            "--epochs",
-            5,
-            "--output_dir",
-            student,
-        ),
-        *(*distil(teacher / "model_best.pth"), "--w-fft", 0.2),
+        *(*common, "--model-kwargs", narrow, "--output_dir", student, "--distillation-type", "soft"),
+        *("--teacher-model", "resnet18", "--teacher-kwargs", wide, "--teacher-path", teacher / "model_best.pth"),
+        *("--distillation-alpha", 0.9, "--w-fft", 0.2, "--s-id", 1, 2, 3, 4, "--t-id", 1, 2, 3, 4),
     )
     for folder in (teacher, student):
         best = torch.load(folder / "model_best.pth", weights_only=True)["max_accuracy"]
-        assert best > 50, f"{folder.name}: {best} %, where chance is 10 %"
+        assert best > 60, f"{folder.name}: {best} %, where chance is 10 %"
