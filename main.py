@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy
 from timm.optim import create_optimizer_v2
@@ -759,9 +759,15 @@ def export(args):
     """--export: the weights, or with --eval-ema their moving average, for timm.create_model(checkpoint_path=...)."""
     if not args.resume:
         raise utils.UserError("--export needs the checkpoint to export: give --resume FILE")
+    if not args.export.endswith(".safetensors"):
+        raise utils.UserError(
+            f"--export {args.export}: the name must end in .safetensors, by which timm knows the format"
+        )
     weights = utils.extract_weights(utils.load_checkpoint(args.resume), ema=args.eval_ema)
+    # Clones, because the format holds no tensors that share memory.
+    weights = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()}
     with utils.as_user_error(f"--export {args.export}: ", OSError, SafetensorError):
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, args.export)
+        utils.write_atomically(args.export, lambda file: file.write(save(weights)))
     utils.say(f"wrote {len(weights)} tensors to {args.export}")
 
 

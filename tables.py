@@ -5,6 +5,7 @@ import csv
 import json
 import math
 import os
+import signal
 import statistics
 import sys
 from dataclasses import dataclass
@@ -160,6 +161,14 @@ def fingerprint(known, without=(), **changed):
     return json.dumps({name: value for name, value in known.items() if name not in without} | changed, sort_keys=True)
 
 
+def published(known):
+    """(top-1, source) of the published result that a run of these settings repeats, or (None, None)."""
+    for top1, source, needs in PUBLISHED:
+        if all(name in known and known[name] == value for name, value in needs.items()):
+            return top1, source
+    return None, None
+
+
 # The table
 
 METHODS = ("none", "soft KD", "MSE twin", "SpectralKD", "fft", "hard")  # in the order of the table
@@ -184,7 +193,6 @@ def make_row(runs, teachers):
     """One row: runs that differ in their seed only. `teachers` is {path of a checkpoint: its top-1}."""
     run, names = runs[0], [r.name for r in runs]
     known, seeds = run.settings, [r.args["seed"] for r in runs if r.args]
-    found = [p for p in PUBLISHED if known and all(known.get(name, p) == value for name, value in p[2].items())]
     row = {
         "run": os.path.commonprefix(names) + "*" * (len(names) > 1),  # noqa: RUF071 characters are what is wanted
         "data_set": known.get("data_set"),
@@ -204,7 +212,7 @@ def make_row(runs, teachers):
         # A seed that was run twice says nothing of the spread over seeds.
         row[f"{name}_std"] = statistics.stdev(values) if len(set(seeds)) == len(values) > 1 else None
     row |= dict.fromkeys(("gain_no_teacher", "gain_no_teacher_se", "gain_soft_kd", "gain_soft_kd_se"))
-    row["published"], row["source"] = found[0][:2] if found else (None, None)
+    row["published"], row["source"] = published(known)
     row["parameters"] = run.epochs[max(run.epochs)].get("n_parameters")
     row["logs"] = [str(r.log) for r in runs]
     return row
@@ -255,7 +263,7 @@ def tabulate(runs):
         student = [known.get(name, "") for name in ("model", "model_kwargs")] if known else []
         size = [known.get(name, 0) for name in ("epochs", "global_batch")]
         teaches = run.folder in teaching
-        return known.get("data_set", "~"), not teaches, student, size, method(run)[0], known.get("s_id", []), run.name
+        return (known.get("data_set", "~"), not teaches, student, size, method(run)[0], run.done is False, run.name)
 
     table = [(make_row(group, teachers), group) for group in sorted(groups.values(), key=place)]
     finished = [(row, group[0].settings) for row, group in table if row["done"]]
@@ -396,4 +404,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # an early end of `| head` is no error
     sys.exit(main())

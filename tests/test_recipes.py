@@ -1,0 +1,165 @@
+"""The recipes give the published settings, differ from their controls in what they should, and build."""
+
+import re
+import shlex
+
+import pytest
+import timm
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import main
+import tables
+
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.args"))
+
+# The published command lines as they stand.
+PUBLISHED = {
+    "deit_tiny": """main.py --output_dir Output/DeiT-Tiny --data-path ILSVRC2012 --model deit_tiny_patch16_224
+        --teacher-model cait_s24_224 --distillation-type soft --distillation-alpha 0.9 --w-fft 0.2
+        --s-id 0 1 6 7 8 9 10 11 --t-id 0 1 18 19 20 21 22 23 --drop-path 0 --batch-size 256 --num_workers 16
+        --epochs 400""",
+    "deit_small": """main.py --output_dir Output/DeiT-Small --data-path ILSVRC2012 --model deit_small_patch16_224
+        --teacher-model cait_s24_224 --distillation-type soft --distillation-alpha 0.9 --w-fft 0.2
+        --s-id 0 1 6 7 8 9 10 11 --t-id 0 1 18 19 20 21 22 23 --drop-path 0 --batch-size 256 --num_workers 16
+        --epochs 500""",
+    "swin_tiny": """main.py --output_dir Output/Swin-Tiny --data-path ILSVRC2012 --model swin_tiny_patch4_window7_224
+        --teacher-model swin_small_patch4_window7_224.ms_in1k --distillation-type soft --distillation-alpha 0.9
+        --w-fft 0.05 --s-id 0 1 2 3 --t-id 0 1 2 3 --drop-path 0 --batch-size 256 --num_workers 16 --epochs 500
+        --warmup-epochs 20""",
+}
+TEACHERS = {"deit": "cait_s24_224", "swin": "swin_small_patch4_window7_224.ms_in1k"}
+FIRST = {"deit": ([0, 1], [0, 1]), "swin": ([0, 1], [0, 1])}
+LAST = {"deit": ([6, 7, 8, 9, 10, 11], [18, 19, 20, 21, 22, 23]), "swin": ([2, 3], [2, 3])}
+
+# The same families with the same numbers of blocks and stages, but narrow.
+SMALL = {
+    "deit": ["embed_dim=24", "num_heads=3"],
+    "swin": ["embed_dim=12", "num_heads=(1,1,2,2)"],
+    "cait": ["embed_dim=24", "num_heads=2"],
+    "regnety": ["w0=16", "wa=16", "wm=2", "group_size=8", "depth=8"],
+}
+
+
+def small(model):
+    return SMALL[model.partition("_")[0]]
+
+
+@pytest.fixture(autouse=True)
+def in_the_root(monkeypatch):
+    """Recipes name each other relative to the root of the repository."""
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A folder like ImageNet's, of two classes."""
+    root = tmp_path_factory.mktemp("data") / "ILSVRC2012"
+    for split in ("train", "val"):
+        for name in ("ant", "bee"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(4):
+                Image.new("RGB", (90, 70), (60 * i, 90, 120)).save(root / split / name / f"{i}.jpg")
+    return root
+
+
+@pytest.fixture(scope="module")
+def read(images):
+    return lambda recipe, *more: main.parse_args(
+        [f"@recipes/{recipe}.args", "--data-path", str(images), "--device", "cpu", *more]
+    )
+
+
+def differences(a, b):
+    """{flag: (value in a, value in b)} of what two runs' flags differ in."""
+    a, b = vars(a), vars(b)
+    assert a.keys() == b.keys()
+    return {name: (a[name], b[name]) for name in a if a[name] != b[name]}
+
+
+@pytest.mark.parametrize("recipe", PUBLISHED)
+def test_a_recipe_is_its_published_command_line(recipe, read, images):
+    flags = shlex.split(PUBLISHED[recipe].replace("ILSVRC2012", str(images)))[1:]
+    published = main.parse_args([*flags, "--device", "cpu"])
+    assert differences(published, read(recipe, "--num_workers", "16", "--output_dir", published.output_dir)) == {}
+    assert published.s_id  # that is, the flags were understood
+
+
+@pytest.mark.parametrize("recipe", PUBLISHED)
+def test_a_control_differs_from_the_method_in_what_it_controls_for_alone(recipe, read):
+    kind, method, soft = recipe.partition("_")[0], read(recipe), read(f"{recipe}_soft_kd")
+    weight = method.w_fft
+    assert differences(read(f"{recipe}_mse"), method) == {"feature_loss": ("mse", "spectral")}
+    for name, (s_id, t_id) in {"first": FIRST[kind], "last": LAST[kind]}.items():
+        expected = {"s_id": (s_id, method.s_id), "t_id": (t_id, method.t_id)}
+        assert differences(read(f"{recipe}_{name}_blocks"), method) == expected
+    assert differences(soft, method) == {"w_fft": (0, weight), "s_id": ([], method.s_id), "t_id": ([], method.t_id)}
+    plain = differences(read(f"{recipe}_no_teacher"), soft)
+    plain.pop("teacher_model", None)  # without a teacher its default is not read
+    assert plain.pop("w_fft") == (0.2, 0)  # likewise
+    assert plain == {"distillation_type": ("none", "soft"), "distillation_alpha": (0.5, 0.9)}
+    assert soft.teacher_model == TEACHERS[kind]
+
+
+@pytest.mark.parametrize("student", ["deit_tiny", "deit_small"])
+def test_deits_own_recipes_are_deits(student, read):
+    scratch, hard = read(f"{student}_baseline"), read(f"{student}_hard_distilled")
+    defaults = main.parse_args(["--data-path", scratch.data_path, "--device", "cpu"])
+    deits = {"batch_size": 512, "drop_path": 0.1, "mixup": 0.8, "cutmix": 1.0, "epochs": 300}
+    assert {name: value for name, (value, _) in differences(scratch, defaults).items()} | {"epochs": 300} == deits | (
+        {"model": "deit_small_patch16_224"} if student == "deit_small" else {}
+    )
+    assert differences(hard, scratch) == {
+        "model": (f"{student}_distilled_patch16_224", f"{student}_patch16_224"),
+        "teacher_model": ("regnety_160.deit_in1k", "cait_s24_224"),
+        "distillation_type": ("hard", "none"),
+        "w_fft": (0, 0.2),
+    }
+    assert hard.distillation_alpha == 0.5
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_says_its_reasons_batch_cost_and_what_was_published(recipe, read):
+    lines = (ROOT / "recipes" / f"{recipe}.args").read_text().splitlines()
+    flags = [line for line in lines if line.startswith("--")]
+    assert [line for line in flags if not re.search(r"  # \w", line)] == []
+    header = " ".join(line for line in lines if line.startswith("#"))
+    batch = re.search(r"Global batch: 2 processes x (\d+) = (\d+)", header)
+    assert int(batch[1]) == read(recipe).batch_size
+    assert int(batch[2]) == 2 * int(batch[1])
+    assert "Cost" in header
+    assert "ublished" in header
+    assert "not measured yet" in header
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_quotes_the_number_that_the_table_shows(recipe, read):
+    text = (ROOT / "recipes" / f"{recipe}.args").read_text()
+    quoted = re.search(r"Published top-1: ([\d.]+) \((.*?)\)", text)
+    known = tables.settings(vars(read(recipe)) | {"world_size": 2})
+    assert tables.published(known) == ((float(quoted[1]), quoted[2]) if quoted else (None, None))
+
+
+@pytest.fixture(scope="module")
+def teacher_files(tmp_path_factory):
+    """{teacher: file of random weights of its narrow version}."""
+    root, files = tmp_path_factory.mktemp("teachers"), {}
+    for name in (*TEACHERS.values(), "regnety_160.deit_in1k"):
+        model = timm.create_model(name, num_classes=2, **main.key_values(small(name)))
+        files[name] = root / f"{name}.pth"
+        torch.save(model.state_dict(), files[name])
+    return files
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_builds_and_takes_a_step(recipe, read, teacher_files, capsys):
+    args = read(recipe)
+    more = ["--dry-run", "--batch-size", "2", "--num_workers", "0", "--model-kwargs", *small(args.model)]
+    if args.distillation_type != "none":
+        path = str(teacher_files[args.teacher_model])
+        more += ["--teacher-path", path, "--teacher-kwargs", *small(args.teacher_model)]
+    main.main(read(recipe, *more))
+    output = capsys.readouterr().out
+    assert "nothing was written" in output
+    assert output.count(" <- ") == (len(args.s_id) if args.w_fft else 0)
