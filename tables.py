@@ -341,8 +341,11 @@ def plot(table, file):
     from matplotlib.figure import Figure  # slow to import, and needed here only
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+    logged = [stats for _, runs in table for run in runs for stats in run.epochs.values()]
+    terms = [term for term in TERMS if any(stats.get(term) for stats in logged)]
+    panels = [["test_acc1", term] for term in terms] or [["test_acc1"]]
     figure = Figure(figsize=(10, 5.8), dpi=200, layout="constrained")
-    axes = figure.subplot_mosaic([["test_acc1", term] for term in TERMS], width_ratios=(5, 3), sharex=True)
+    axes = figure.subplot_mosaic(panels, width_ratios=(5, 3)[: len(panels[0])], sharex=True)
     one_student = len({row["student"] for row, _ in table}) == 1 and table[0][0]["student"]
     for i, (row, runs) in enumerate(table):
         look = {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i // len(COLOURS) % len(STYLES)], "lw": 1.3}
@@ -363,8 +366,8 @@ def plot(table, file):
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter(NullFormatter())
         axis.spines[["top", "right"]].set_visible(False)
-    axes["test_acc1"].set_xlabel("epoch")
-    axes["train_loss_fft"].set_xlabel("epoch")
+    for name in panels[-1]:
+        axes[name].set_xlabel("epoch")
     figure.legend(*axes["test_acc1"].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(file)
 

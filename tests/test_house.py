@@ -17,9 +17,10 @@ MAY_IMPORT = {
     "samplers": set(),
     "models": {"utils"},
     "utils": set(),
+    "tables": set(),
 }
 # What only some may import of others'.
-OTHERS = {"torch": set(MAY_IMPORT), "timm": {"main", "models", "datasets"}, "torchvision": {"datasets"}}
+OTHERS = {"torch": set(MAY_IMPORT) - {"tables"}, "timm": {"main", "models", "datasets"}, "torchvision": {"datasets"}}
 
 
 def imports(module):
