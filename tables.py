@@ -296,7 +296,8 @@ def markdown(rows):
             "run": row["run"],
             "data set": row["data_set"] or "unknown",
             "student": model(row["student"]) or f"unknown, {row['parameters'] or '?'} parameters",
-            "teacher": model(row["teacher"]) + (f" ({row['teacher_top1']:.2f})" if row["teacher_top1"] else ""),
+            "teacher": model(row["teacher"])
+            + (f" ({row['teacher_top1']:.2f})" if row["teacher_top1"] is not None else ""),
             "method": row["method"],
             "epochs": f"{seen} seen" if whole is None else whole if row["done"] else f"{seen} of {whole}",
             "batch": row["global_batch"] or "",
