@@ -1,12 +1,10 @@
 """Train a student by spectral feature matching, or score a checkpoint: flags, wiring, and the epoch loop."""
 
 import argparse
-import ast
 import contextlib
 import datetime
 import functools
 import itertools
-import math
 import resource
 import time
 from pathlib import Path
@@ -31,40 +29,10 @@ import samplers
 import spectral
 import utils
 from engine import evaluate, train_one_epoch
+from utils import Parser, key_values, number
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 INTERPOLATIONS = ("bicubic", "bilinear", "random")
-
-
-class Parser(argparse.ArgumentParser):
-    """Reads `@file` arguments, one flag a line, with # comments; an error is one line and exit code 2."""
-
-    def convert_arg_line_to_args(self, line):
-        return line.split("#", 1)[0].split()
-
-    def error(self, message):
-        raise utils.UserError(message)
-
-
-def number(kind, low, high=math.inf, *, ends=True):
-    """An argparse type: an int or float inside [low, high], or inside (low, high) without `ends`; never nan."""
-    brackets = "[]" if ends and math.isfinite(high) else "[)" if ends else "()"
-    name = "a whole number" if kind is int else "a number"
-    expected = (
-        f"{name} in {brackets[0]}{low:g}, {high:g}{brackets[1]}" if (low, high) != (-math.inf, math.inf) else name
-    )
-
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"expected {expected}, got {text}") from None
-        inside = low <= value <= high if ends else low < value < high
-        if not inside or math.isinf(value):
-            raise argparse.ArgumentTypeError(f"expected {expected}, got {text}")
-        return value
-
-    return parse
 
 
 PART = number(float, 0, 1)  # a probability or a share
@@ -312,13 +280,7 @@ def check_names(args):
     models.check_name(args.model)
     if args.distillation_type != "none" and not args.eval:
         models.check_name(args.teacher_model)
-    with utils.as_user_error(f"--device {args.device}: expected cuda, cuda:N or cpu: ", RuntimeError):
-        device = torch.device(args.device)
-    if device.type not in ("cuda", "cpu"):
-        raise utils.UserError(f"--device {args.device}: expected cuda, cuda:N or cpu")
-    found = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= found:
-        raise utils.UserError(f"--device {args.device}: this machine has {found} GPUs; try --device cpu")
+    utils.check_device(args.device)
     key_values(args.model_kwargs + args.teacher_kwargs)
 
 
@@ -707,20 +669,6 @@ def describe_pairs(args, model, hooks, teacher, device):
         utils.say(
             f"  {blocks[0][i]['module']} {list(s.shape[1:])} <- {blocks[1][j]['module']} {list(t.shape[1:])}: {note}"
         )
-
-
-def key_values(pairs):
-    """["depth=4", "name=abc"] -> {"depth": 4, "name": "abc"}, values read as Python literals where they are some."""
-    result = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key:
-            raise utils.UserError(f"expected KEY=VALUE, got {pair}")
-        try:
-            result[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            result[key] = value
-    return result
 
 
 def dry_run(args, train, loader, device, num_epochs):

@@ -1,5 +1,7 @@
-"""Distributed facts, user errors, meters, the run's log, and checkpoints."""
+"""User errors, flags, distributed facts, meters, the run's log, and checkpoints."""
 
+import argparse
+import ast
 import contextlib
 import datetime
 import fcntl
@@ -15,7 +17,6 @@ import sys
 import tempfile
 import time
 import zipfile
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,65 @@ def say(*words):
     """Prints on the first process only, at once."""
     if rank() == 0:
         print(*words, flush=True)
+
+
+# Flags
+
+
+class Parser(argparse.ArgumentParser):
+    """Reads `@file` arguments, one flag a line, with # comments; an error is one line and exit code 2."""
+
+    def convert_arg_line_to_args(self, line):
+        return line.split("#", 1)[0].split()
+
+    def error(self, message):
+        raise UserError(message)
+
+
+def number(kind, low, high=math.inf, *, ends=True):
+    """An argparse type: an int or float inside [low, high], or inside (low, high) without `ends`; never nan."""
+    brackets = "[]" if ends and math.isfinite(high) else "[)" if ends else "()"
+    name = "a whole number" if kind is int else "a number"
+    expected = (
+        f"{name} in {brackets[0]}{low:g}, {high:g}{brackets[1]}" if (low, high) != (-math.inf, math.inf) else name
+    )
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text}") from None
+        inside = low <= value <= high if ends else low < value < high
+        if not inside or math.isinf(value):
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text}")
+        return value
+
+    return parse
+
+
+def key_values(pairs):
+    """["depth=4", "name=abc"] -> {"depth": 4, "name": "abc"}, values read as Python literals where they are some."""
+    result = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise UserError(f"expected KEY=VALUE, got {pair}")
+        try:
+            result[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            result[key] = value
+    return result
+
+
+def check_device(name):
+    """Raises a UserError where torch has no such device, or this machine has not."""
+    with as_user_error(f"--device {name}: expected cuda, cuda:N or cpu: ", RuntimeError):
+        device = torch.device(name)
+    if device.type not in ("cuda", "cpu"):
+        raise UserError(f"--device {name}: expected cuda, cuda:N or cpu")
+    found = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= found:
+        raise UserError(f"--device {name}: this machine has {found} GPUs; try --device cpu")
 
 
 # Processes
@@ -395,7 +455,7 @@ def load_checkpoint(path) -> dict:
     """
     if str(path).startswith(("https://", "http://")):
         with as_user_error(f"cannot load {path}: ", Exception):
-            torch.serialization.add_safe_globals([Namespace])
+            torch.serialization.add_safe_globals([argparse.Namespace])
             return torch.hub.load_state_dict_from_url(
                 str(path),
                 map_location="cpu",
@@ -411,7 +471,7 @@ def load_checkpoint(path) -> dict:
         with as_user_error(f"{path} is damaged: ", Exception):
             return load_file(path)
     _verify_archive(path)
-    torch.serialization.add_safe_globals([Namespace])
+    torch.serialization.add_safe_globals([argparse.Namespace])
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
