@@ -33,6 +33,7 @@ from utils import Parser, key_values, number
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 INTERPOLATIONS = ("bicubic", "bilinear", "random")
+SPECTRA_IMAGES = 32  # those of the paper's analysis
 
 
 PART = number(float, 0, 1)  # a probability or a share
@@ -118,6 +119,10 @@ def add_spectral_flags(add):
     add("--distillation-beta", type=AMOUNT, default=1.0, help="further factor of the feature loss")
     kinds = sorted(spectral.FEATURE_LOSSES)
     add("--feature-loss", default="spectral", choices=kinds, help="mse: spatial twin, a control")
+    add("--spectra-every", type=COUNT, default=0, metavar="E", help=SPECTRA_HELP)
+
+
+SPECTRA_HELP = "log intensity over blocks every E epochs, at the cost of one forward of 32 images each time; 0: never"
 
 
 def add_optimisation_flags(add):
@@ -244,7 +249,7 @@ UNUSED = (  # (what the flags need, whether it is there, the flags)
     ("--lr-noise", lambda args: args.lr_noise, ("lr_noise_pct", "lr_noise_std")),
     ("--sched plateau", lambda args: args.sched == "plateau", ("patience_epochs",)),
     ("--ThreeAugment left out", lambda args: not args.ThreeAugment, ("aa",)),
-    ("--output_dir", lambda args: args.output_dir, ("save_every", "overwrite")),
+    ("--output_dir", lambda args: args.output_dir, ("save_every", "overwrite", "spectra_every")),
 )
 
 
@@ -520,6 +525,31 @@ def build_optimizer(args, model):
     return optimizer, scheduler, num_epochs
 
 
+def build_probe(args, model, teacher, dataset_val, prepare, device):
+    """epoch -> what --spectra-every adds to its line: the student's intensity curve, and the first time the teacher's.
+
+    The images are those that analyze.py takes, whatever the run's seed. Nothing random is drawn, so that training with
+    and without this is the same.
+    """
+    if not args.spectra_every:
+        return lambda epoch: {}
+    with utils.as_user_error("--spectra-every: ", ValueError):
+        for network in [model] if teacher is None else [model, teacher.model]:
+            spectral.describe_blocks(network)
+    images = datasets.load_batch(dataset_val, samplers.random_subset(len(dataset_val), SPECTRA_IMAGES, seed=0))
+
+    def probe(epoch):
+        if (epoch + 1) % args.spectra_every or utils.rank() != 0:
+            return {}
+        inputs = prepare.eval()(images.to(device))
+        curves = {"student_intensity": spectral.intensity_curve(model, inputs)}
+        if teacher is not None and epoch + 1 == args.spectra_every:
+            curves["teacher_intensity"] = spectral.intensity_curve(teacher.model, inputs, forward=teacher)
+        return curves
+
+    return probe
+
+
 class ConstantScaler(GradScaler):
     """A GradScaler whose scale stays 1: it only skips steps whose gradient is not finite."""
 
@@ -755,6 +785,7 @@ def main(args):
     teacher = build_teacher(args, num_classes, device, model)
     criterion = build_criterion(args, teacher)
     describe_pairs(args, model, hooks, teacher, device)
+    probe = build_probe(args, model, teacher, dataset_val, prepare, device)
 
     # Optimizer
     optimizer, scheduler, num_epochs = build_optimizer(args, model)
@@ -826,6 +857,7 @@ def main(args):
         if args.eval_ema:
             test_ema = say_accuracy(evaluate(ema.module, loader_val, **scoring), "the moving average")
             stats |= {f"test_ema_{name}": test_ema[name] for name in ("loss", "acc1", "acc5")}
+        stats |= probe(epoch)
         scheduler.step(epoch, test["acc1"])
         best = state.finish_epoch(test["acc1"])
         utils.say(f"Max accuracy: {state.best_accuracy:.3f}% in epoch {state.best_epoch}")

@@ -105,3 +105,8 @@ def counter_seed(*counters) -> int:
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
         state ^= state >> 31
     return state >> 1
+
+
+def random_subset(size: int, number: int, seed: int) -> list[int]:
+    """`number` different indices under `size`, or all where there are fewer, by the seed alone."""
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:number].tolist()

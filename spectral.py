@@ -143,3 +143,129 @@ def mse_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 FEATURE_LOSSES = {"spectral": spectral_loss, "mse": mse_loss}
+
+
+def layerwise_spectrum(maps: Tensor) -> Tensor:
+    """How strong each frequency along the channels is: |FFT along C| / C, averaged over images and grid.
+
+    The order of channels means nothing to a network, so neither does a single frequency; read the level, not the shape.
+
+    Args:
+        maps: (B, C, H, W) of any floating dtype.
+
+    Returns:
+        S, float64 (C,), in the unit of the features. Bin k is k / C cycles per channel, and bins k and C - k are equal.
+    """
+    channels = maps.shape[1]
+    half = torch.fft.rfft(maps.float(), dim=1).abs().mean(dim=(0, 2, 3), dtype=torch.float64) / channels
+    return torch.cat((half, half[1 : (channels + 1) // 2].flip(0)))
+
+
+def power_spectrum(maps: Tensor) -> Tensor:
+    """Power of each frequency over the grid: |FFT over H, W|^2, orthonormal, averaged over images and channels.
+
+    Args:
+        maps: (B, C, H, W) of any floating dtype.
+
+    Returns:
+        float64 (H, W), in the squared unit of the features, DC first. Its mean is the mean square of the maps.
+    """
+    spectrum = torch.fft.fft2(maps.float(), norm="ortho")
+    return torch.view_as_real(spectrum).square().sum(dim=-1).mean(dim=(0, 1), dtype=torch.float64)
+
+
+def radial_average(power: Tensor) -> tuple[Tensor, Tensor]:
+    """Averages a plane of frequencies over its rings.
+
+    A ring is 1 / min(H, W) wide, the first one holds DC alone, and the last ones are the corners past 0.5.
+
+    Args:
+        power: (H, W), DC first, as `power_spectrum` gives it.
+
+    Returns:
+        Radius of each ring in cycles per token, and the mean of its bins: both float64 (R,), on the CPU.
+    """
+    power = power.double().cpu()
+    height, width = power.shape
+    y, x = (torch.fft.fftfreq(size, dtype=torch.float64) for size in (height, width))
+    ring = (torch.hypot(y[:, None], x[None]) * min(height, width)).round().long().flatten()
+    sums = torch.bincount(ring, weights=power.flatten(), minlength=1)
+    radius = torch.arange(len(sums), dtype=torch.float64) / min(height, width)
+    return radius, sums / torch.bincount(ring)
+
+
+class SpectralProfile:
+    """The analysis of one block, averaged over any number of images in constant memory.
+
+    Every image counts alike, however they come in batches.
+
+    Args:
+        seed: seeds the permutation of channels that the shuffled control uses; it is the same for all images.
+    """
+
+    def __init__(self, seed: int = 0):
+        self.seed = seed
+        self.num_images, self.shape = 0, None
+        self._order, self._sums = None, {}
+
+    def add(self, maps: Tensor) -> None:
+        """Takes the maps (B, C, H, W) of further images."""
+        if self._order is None:
+            self.shape = tuple(maps.shape[1:])
+            generator = torch.Generator().manual_seed(self.seed)
+            self._order = torch.randperm(self.shape[0], generator=generator).to(maps.device)
+        means = {
+            "spectrum": layerwise_spectrum(maps),
+            "spectrum_shuffled": layerwise_spectrum(maps[:, self._order]),
+            "power": power_spectrum(maps),
+        }
+        for name, mean in means.items():
+            self._sums[name] = self._sums.get(name, 0) + len(maps) * mean
+        self.num_images += len(maps)
+
+    def result(self) -> dict[str, Tensor]:
+        """Returns float64 tensors on the CPU, in the unit of the features unless said otherwise.
+
+        intensity: mean of the layer-wise spectrum over its C bins. By Parseval at most rms / sqrt(C), and
+            (sqrt(pi) / 2) of that where the bins are spread as complex Gaussians: it follows the features' norm.
+        intensity_shuffled: the same after one permutation of the channels.
+        intensity_corrected: intensity x sqrt(C), which may be compared across widths.
+        rms: root mean square of the features.
+        spectrum: (C,), see `layerwise_spectrum`.
+        radial_frequency, radial_power: (R,), cycles per token and squared unit, see `radial_average`.
+
+        Raises:
+            RuntimeError: no maps were added.
+        """
+        if not self.num_images:
+            raise RuntimeError("no maps were added")
+        means = {name: total.cpu() / self.num_images for name, total in self._sums.items()}
+        intensity = means["spectrum"].mean()
+        frequency, power = radial_average(means["power"])
+        return {
+            "intensity": intensity,
+            "intensity_shuffled": means["spectrum_shuffled"].mean(),
+            "intensity_corrected": intensity * self.shape[0] ** 0.5,
+            "rms": means["power"].mean().sqrt(),
+            "spectrum": means["spectrum"],
+            "radial_frequency": frequency,
+            "radial_power": power,
+        }
+
+
+@torch.no_grad()
+def intensity_curve(model: nn.Module, images: Tensor, forward=None) -> list[float]:
+    """Intensity of every block of a timm model for one batch of images; its hooks are on the model only meanwhile.
+
+    Args:
+        model: the bare model, put into eval mode.
+        images: (B, 3, H, W). Every map of the batch is held at once.
+        forward: what runs the model on the images, where that is not the model itself.
+    """
+    hooks = FeatureHooks(model, range(len(describe_blocks(model))))
+    try:
+        model.eval()
+        (forward or model)(images)
+        return [layerwise_spectrum(maps).mean().item() for maps in hooks.pop()]
+    finally:
+        hooks.remove()

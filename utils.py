@@ -277,7 +277,7 @@ class RunLog:
         write_atomically(Path(folder) / "args.json", lambda file: file.write(arguments.encode()))
 
     def epoch(self, stats: dict):
-        """Appends a line to log.txt, and each number of it to TensorBoard over epochs."""
+        """Appends a line to log.txt, and each number and list of numbers in it to TensorBoard over epochs."""
         if self.path is None:
             return
         with open(self.path, "a", encoding="utf-8") as file:
@@ -285,7 +285,10 @@ class RunLog:
             file.flush()
             os.fsync(file.fileno())
         for name, value in stats.items():
-            if isinstance(value, (int, float)) and name != "epoch":
+            if isinstance(value, list):  # a curve over blocks
+                for i, level in enumerate(value):
+                    self.writer.add_scalar(f"{name.replace('_', '/', 1)}/{i:02d}", level, stats["epoch"])
+            elif isinstance(value, (int, float)) and name != "epoch":
                 self.writer.add_scalar(name.replace("_", "/", 1), value, stats["epoch"])
         self.writer.flush()
 
@@ -505,7 +508,7 @@ def extract_weights(checkpoint: dict, *, ema=False) -> dict:
     if ema:
         names = ("model_ema", "state_dict_ema")
         if not any(checkpoint.get(name) for name in names):
-            raise UserError("the checkpoint holds no moving average: leave out --eval-ema")
+            raise UserError("the checkpoint holds no moving average: ask for its weights instead")
     else:
         names = ("model", "state_dict")
     weights = next((checkpoint[name] for name in names if isinstance(checkpoint.get(name), dict)), checkpoint)

@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "models": {"utils"},
     "utils": set(),
     "tables": set(),
+    "analyze": {"spectral", "datasets", "samplers", "models", "utils"},
 }
 # What only some may import of others'.
 OTHERS = {"torch": set(MAY_IMPORT) - {"tables"}, "timm": {"main", "models", "datasets"}, "torchvision": {"datasets"}}
