@@ -24,6 +24,7 @@ class FeatureHooks:
 
     Raises:
         ValueError: the model does not say where its blocks are, or an id is out of range.
+        RuntimeError: in the forward, where a block's output is no map of the channels that `feature_info` says.
     """
 
     def __init__(self, model: nn.Module, ids=()):
@@ -40,16 +41,24 @@ class FeatureHooks:
                 raise ValueError(f"block id {i} is out of range: {type(model).__name__} has ids 0..{len(blocks) - 1}")
         self._handles.append(model.register_forward_pre_hook(self._begin))
         for i in sorted(set(self.ids)):
-            module = model.get_submodule(blocks[i]["module"])
-            self._handles.append(module.register_forward_hook(self._capture_for(i, blocks[i]["reduction"])))
+            name = blocks[i]["module"]
+            try:
+                module = model.get_submodule(name)
+            except AttributeError:
+                raise ValueError(f"{type(model).__name__} has no {name}, which its feature_info names") from None
+            self._handles.append(module.register_forward_hook(self._capture_for(i, blocks[i])))
 
     def _begin(self, model, inputs):
         self._maps.clear()
         self._image_size = inputs[0].shape[-2:]
 
-    def _capture_for(self, i, reduction):
+    def _capture_for(self, i, block):
         def capture(module, inputs, output):
-            self._maps[i] = self._as_map(output, reduction)
+            if not torch.is_tensor(output) or output.ndim not in (3, 4):
+                raise RuntimeError(f"the output of {block['module']} is no map of tokens")
+            self._maps[i] = self._as_map(output, block["reduction"])
+            if self._maps[i].shape[1] != block["num_chs"]:
+                raise RuntimeError(f"the output of {block['module']} has not the channels that feature_info says")
 
         return capture
 
@@ -68,7 +77,9 @@ class FeatureHooks:
         """
         missing = [i for i in self.ids if i not in self._maps]
         if missing:
-            raise RuntimeError(f"no map of blocks {missing}: the model has not run since the last pop()")
+            raise RuntimeError(
+                f"no map of blocks {missing}: the model has not run since the last pop(), or bypasses them"
+            )
         maps = [self._maps[i] for i in self.ids]
         self._maps.clear()
         return maps
@@ -88,7 +99,7 @@ def describe_blocks(model: nn.Module) -> list[dict]:
     """
     info = getattr(model, "feature_info", None)
     blocks = list(info) if isinstance(info, (list, tuple)) else list(getattr(info, "info", ()))
-    if not blocks or not all("module" in block and "reduction" in block for block in blocks):
+    if not blocks or not all("module" in block and block.get("reduction") for block in blocks):
         raise ValueError(
             f"{type(model).__name__} has no feature_info, so its blocks cannot be numbered: use a timm model"
         )
