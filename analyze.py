@@ -138,24 +138,28 @@ class Subject:
 def read_subjects(args):
     """What to analyse, with the weights of files read, so that most mistakes are found before a model is built."""
     if args.compare:
-        return [read_subject(*entry.split("=", 1), args) for entry in args.compare]
-    if not args.checkpoint:
-        return [read_subject(args.model, args.model, args)]
-    source = f"{args.model}:{args.checkpoint}" if args.model else args.checkpoint
-    return [read_subject(args.model or Path(args.checkpoint).stem, source, args)]
+        return [read_source(*entry.split("=", 1), args) for entry in args.compare]
+    if args.checkpoint:
+        return [read_weights(args.model, args.model, args.checkpoint, args)]
+    return [without_file(args.model, args.model, args)]
 
 
-def read_subject(name, source, args):
-    """Reads what NAME=SOURCE means."""
-    model, path = args.model, source
-    prefix, colon, rest = source.partition(":")
-    if colon and not rest.startswith("//") and not Path(source).exists():
-        models.check_name(prefix)
-        model, path = prefix, rest
-    elif "://" not in source and not Path(source).exists():
-        with utils.as_user_error(f"{source} is no file and no folder, and ", utils.UserError):
-            models.check_name(source)
-        return Subject(name, source, "random" if args.random else "timm", key_values(args.model_kwargs))
+def read_source(name, source, args):
+    """NAME=SOURCE: a path or URL, MODEL:CHECKPOINT, or a timm model."""
+    model, colon, path = source.partition(":")
+    if Path(source).exists() or path.startswith("//"):
+        return read_weights(name, None, source, args)
+    with utils.as_user_error(f"{source} is no file and no folder, and ", utils.UserError):
+        models.check_name(model)
+    return read_weights(name, model, path, args) if colon else without_file(name, model, args)
+
+
+def without_file(name, model, args):
+    return Subject(name, model, "random" if args.random else "timm", key_values(args.model_kwargs))
+
+
+def read_weights(name, model, path, args):
+    """A subject from a file, which says itself what model it is for unless `model` does."""
     if Path(path).is_dir():
         path = str(Path(path) / utils.CheckpointFolder.LATEST)
     checkpoint = utils.load_checkpoint(path)
@@ -163,12 +167,11 @@ def read_subject(name, source, args):
         weights = utils.extract_weights(checkpoint, ema=args.ema)
     run = checkpoint.get("args") or {}
     run = run if isinstance(run, dict) else vars(run)
-    if not colon and run.get("model"):
-        model = run["model"]
+    model = model or run.get("model") or args.model
     if not model:
         raise utils.UserError(f"{path} does not say which model it is for: give --model, or MODEL:{path}")
     kwargs = run.get("model_kwargs", []) if model == run.get("model") else args.model_kwargs
-    return Subject(name, model, path, key_values(kwargs), weights, run)
+    return Subject(name or model, model, path, key_values(kwargs), weights, run)
 
 
 def build_model(subject, args):
@@ -234,11 +237,12 @@ def analyse(subject, dataset, indices, args):
     loader = datasets.build_loader(
         dataset, indices, args.batch_size, workers, drop_last=False, pin_memory=device.type == "cuda"
     )
-    for images, _ in tqdm(loader, desc=subject.name, unit="batch", disable=None):
+    for images in progress(loader, subject.name):
         with utils.as_user_error(f"{subject.name}, --input-size {input_size}: ", AssertionError, RuntimeError):
             model(prepare(images.to(device)))
-        for profile, maps in zip(profiles, hooks.pop(), strict=True):
-            profile.add(maps)
+            maps = hooks.pop()
+        for profile, block_maps in zip(profiles, maps, strict=True):
+            profile.add(block_maps)
     blocks = [
         {"module": block["module"], "reduction": block["reduction"], "shape": profile.shape, **profile.result()}
         for block, profile in zip(described, profiles, strict=True)
@@ -247,6 +251,15 @@ def analyse(subject, dataset, indices, args):
     if not np.isfinite(analysis.curve("rms")).all():
         raise utils.UserError(f"{subject.name}: its features are not finite: use other weights")
     return analysis
+
+
+def progress(loader, name):
+    """The loader's images behind a progress bar, which only a terminal gets to see."""
+    try:
+        for images, _ in tqdm(loader, desc=name, unit="batch", disable=None):
+            yield images
+    except datasets.BadImageError as error:  # a worker puts a traceback before it
+        raise utils.UserError(str(error).strip().splitlines()[-1].partition("BadImageError: ")[2] or error) from None
 
 
 def say_curves(analysis):
@@ -388,6 +401,8 @@ STYLE = {
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
 MARKERS = "osD^vP"
 DEPTH_COLOURS = "viridis"
+SHUFFLED = {"color": "black", "linestyle": "", "marker": "x", "markersize": 3, "markeredgewidth": 0.7}
+RMS = {"color": "black", "linestyle": ":", "linewidth": 0.9, "zorder": 3}
 PAGE_WIDTH = 7  # inches
 CHANNEL_FREQUENCY = "frequency along channels (cycles per channel)"
 GRID_FREQUENCY = "frequency over the grid (cycles per token)"
@@ -434,9 +449,9 @@ def draw_intensity(analyses):
         x, colour = place(analysis), COLOURS[i % len(COLOURS)]
         line = {"color": colour, "marker": MARKERS[i % len(MARKERS)], "label": analysis.name}
         axes[0].plot(x, analysis.curve("intensity"), **line)
-        axes[0].plot(x, analysis.curve("intensity_shuffled"), color="black", **SHUFFLED)
+        axes[0].plot(x, analysis.curve("intensity_shuffled"), **SHUFFLED)
         axes[1].plot(x, analysis.curve("intensity_corrected"), **line)
-        axes[1].plot(x, analysis.curve("rms") * math.sqrt(math.pi) / 2, color=colour, **RMS)
+        axes[1].plot(x, analysis.curve("rms") * math.sqrt(math.pi) / 2, **RMS)
     for axis, ylabel in zip(axes, ("intensity", r"intensity $\times\ \sqrt{C}$"), strict=True):
         axis.set(xlabel=label, ylabel=ylabel)
         levels = np.concatenate([line.get_ydata() for line in axis.lines])
@@ -447,15 +462,11 @@ def draw_intensity(analyses):
         if label == "block":
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     handles, labels = axes[0].get_legend_handles_labels()
-    shown = dict(zip(labels, handles, strict=True)) | {"channels shuffled": Line2D([], [], color="black", **SHUFFLED)}
-    shown[r"$\sqrt{\pi}/2\ \times$ RMS"] = Line2D([], [], color="0.3", **RMS)
+    shown = dict(zip(labels, handles, strict=True)) | {"channels shuffled": Line2D([], [], **SHUFFLED)}
+    shown[r"$\sqrt{\pi}/2\ \times$ RMS"] = Line2D([], [], **RMS)
     columns = math.ceil(len(shown) / math.ceil(len(shown) / 5))
     figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=columns)
     return figure
-
-
-SHUFFLED = {"ls": "", "marker": "x", "markersize": 3, "markeredgewidth": 0.7}
-RMS = {"ls": "--", "lw": 0.8}
 
 
 def spectrum_line(block):
@@ -477,7 +488,8 @@ def draw_lines(analyses, line, xlabel, ylabel):
         for x, block in zip(place(analysis), analysis.blocks, strict=True):
             axis.plot(*line(block), color=scale.to_rgba(x), lw=0.8)
         axis.set(yscale="log", title=analysis.name)
-    return label_all(figure, axes, scale, xlabel, ylabel, label=label)
+    ticks = MaxNLocator(integer=True) if label == "block" else None
+    return label_all(figure, axes, scale, xlabel, ylabel, label=label, ticks=ticks)
 
 
 def draw_heatmap(analyses):
