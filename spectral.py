@@ -77,9 +77,7 @@ class FeatureHooks:
         """
         missing = [i for i in self.ids if i not in self._maps]
         if missing:
-            raise RuntimeError(
-                f"no map of blocks {missing}: the model has not run since the last pop(), or bypasses them"
-            )
+            raise RuntimeError(f"no map of blocks {missing}: it has not run since the last pop(), or bypasses them")
         maps = [self._maps[i] for i in self.ids]
         self._maps.clear()
         return maps
@@ -168,7 +166,7 @@ def layerwise_spectrum(maps: Tensor) -> Tensor:
         S, float64 (C,), in the unit of the features. Bin k is k / C cycles per channel, and bins k and C - k are equal.
     """
     channels = maps.shape[1]
-    half = torch.fft.rfft(maps.float(), dim=1).abs().mean(dim=(0, 2, 3), dtype=torch.float64) / channels
+    half = torch.fft.rfft(_at_least_float32(maps), dim=1).abs().mean(dim=(0, 2, 3), dtype=torch.float64) / channels
     return torch.cat((half, half[1 : (channels + 1) // 2].flip(0)))
 
 
@@ -181,8 +179,12 @@ def power_spectrum(maps: Tensor) -> Tensor:
     Returns:
         float64 (H, W), in the squared unit of the features, DC first. Its mean is the mean square of the maps.
     """
-    spectrum = torch.fft.fft2(maps.float(), norm="ortho")
+    spectrum = torch.fft.fft2(_at_least_float32(maps), norm="ortho")
     return torch.view_as_real(spectrum).square().sum(dim=-1).mean(dim=(0, 1), dtype=torch.float64)
+
+
+def _at_least_float32(maps: Tensor) -> Tensor:
+    return maps.to(torch.promote_types(maps.dtype, torch.float32))
 
 
 def radial_average(power: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,7 +202,7 @@ def radial_average(power: Tensor) -> tuple[Tensor, Tensor]:
     height, width = power.shape
     y, x = (torch.fft.fftfreq(size, dtype=torch.float64) for size in (height, width))
     ring = (torch.hypot(y[:, None], x[None]) * min(height, width)).round().long().flatten()
-    sums = torch.bincount(ring, weights=power.flatten(), minlength=1)
+    sums = torch.bincount(ring, weights=power.flatten())
     radius = torch.arange(len(sums), dtype=torch.float64) / min(height, width)
     return radius, sums / torch.bincount(ring)
 
