@@ -69,9 +69,13 @@ def get_args_parser():
     add = parser.add_argument_group("data").add_argument
     add("--data-set", choices=datasets.DATA_SETS, help="data set; default: that of the first run, or IMNET")
     add("--data-path", help="its folder, of which val/ is enough; default: that of the first run")
-    add("--inat-category", default="name", choices=datasets.INAT_CATEGORIES, help="level that is the class (INAT*)")
+    add("--inat-category", choices=datasets.INAT_CATEGORIES, help="level that is the class (INAT*); default: name")
     add("--input-size", type=number(int, 1), help="side of the images, pixels; default: each model's own")
-    add("--eval-crop-ratio", type=number(float, 0.01, 1), default=0.875, help="centre crop's part of the resized image")
+    add(
+        "--eval-crop-ratio",
+        type=number(float, 0.01, 1),
+        help="centre crop's part; default: the first run's, or 0.875",
+    )
     add("--num-images", type=number(int, 1), default=32, help="validation images, drawn by --seed from all")
     add("--first", action="store_true", help="the first ones instead, as in the paper; in ImageNet all of one class")
     add("--batch-size", type=number(int, 1), default=64, help="images a step")
@@ -205,38 +209,41 @@ class Analysis:
 
 
 def build_data(args, subjects):
-    """(validation set without a transform, indices of the images, what they are in words)."""
+    """(validation set without a transform, {"data_set", "crop_ratio", "images": indices}), as in the first run."""
     run = next((subject.run for subject in subjects if subject.run.get("data_set")), {})
     name = args.data_set or run.get("data_set", "IMNET")
-    path = args.data_path or (run.get("data_path") if name == run.get("data_set") else None)
+    crop_ratio = args.eval_crop_ratio or run.get("eval_crop_ratio", 0.875)
+    run = run if name == run.get("data_set") else {}
+    path = args.data_path or run.get("data_path")
     if name != "GRATINGS" and not path:
         raise utils.UserError(f"--data-set {name} needs --data-path, the folder of its images")
     with utils.as_user_error("", ValueError, OSError, RuntimeError):
-        dataset = datasets.build_dataset(name, "val", path, inat_category=args.inat_category)
+        category = args.inat_category or run.get("inat_category", "name")
+        _, size = run.get("gratings_sizes") or (None, None)
+        dataset = datasets.build_dataset(name, "val", path, inat_category=category, num_images=size)
     if args.num_images > len(dataset):
         utils.say(f"--num-images {args.num_images}: {name} has {len(dataset)} validation images; all are taken")
     if args.first:
         indices = list(range(min(args.num_images, len(dataset))))
     else:
         indices = samplers.random_subset(len(dataset), args.num_images, args.seed)
-    return dataset, indices, name
+    return dataset, {"data_set": name, "crop_ratio": crop_ratio, "images": indices}
 
 
 @torch.no_grad()
-def analyse(subject, dataset, indices, args):
+def analyse(subject, dataset, data, args):
     """Runs one model over the images and returns its Analysis; memory does not grow with their number."""
     device = torch.device(args.device)
     model, input_size = build_model(subject, args)
     with utils.as_user_error(f"{subject.name}: ", ValueError):
         described = spectral.describe_blocks(model)
         hooks = spectral.FeatureHooks(model.to(device), range(len(described)))
-    dataset.transform = datasets.eval_transform(input_size, args.eval_crop_ratio)
+    dataset.transform = datasets.eval_transform(input_size, data["crop_ratio"])
     prepare = datasets.Prepare(model.pretrained_cfg["mean"], model.pretrained_cfg["std"], device=device)
     profiles = [spectral.SpectralProfile(args.seed) for _ in described]
-    workers = min(args.num_workers, math.ceil(len(indices) / args.batch_size))
-    loader = datasets.build_loader(
-        dataset, indices, args.batch_size, workers, drop_last=False, pin_memory=device.type == "cuda"
-    )
+    workers = min(args.num_workers, math.ceil(len(data["images"]) / args.batch_size))
+    pin = device.type == "cuda"
+    loader = datasets.build_loader(dataset, data["images"], args.batch_size, workers, drop_last=False, pin_memory=pin)
     for images in progress(loader, subject.name):
         with utils.as_user_error(f"{subject.name}, --input-size {input_size}: ", AssertionError, RuntimeError):
             model(prepare(images.to(device)))
@@ -536,18 +543,18 @@ def main(args):
         student = models.build_model(args.student, None, input_size=None, kwargs=key_values(args.student_kwargs))
         with utils.as_user_error("--student: ", ValueError):
             student_blocks = spectral.describe_blocks(student)
-    dataset, indices, data_set = build_data(args, subjects)
+    dataset, data = build_data(args, subjects)
     folder = utils.open_output_folder(args.output_dir)
-    utils.say(f"{len(indices)} validation images of {data_set}, {'the first' if args.first else f'seed {args.seed}'}")
-    analyses = [analyse(subject, dataset, indices, args) for subject in subjects]
+    which = "the first" if args.first else f"drawn by seed {args.seed}"
+    utils.say(f"{len(data['images'])} validation images of {data['data_set']}, {which}")
+    analyses = [analyse(subject, dataset, data, args) for subject in subjects]
     for analysis in analyses:
         say_curves(analysis)
     pairs = suggest(args, student_blocks, analyses[0]) if args.suggest else None
     if folder is None:
         return
     with utils.as_user_error(f"--output_dir {args.output_dir}: ", OSError), matplotlib.rc_context(STYLE):
-        about = {"data_set": data_set, "images": indices, "seed": args.seed, "suggestion": pairs}
-        write_numbers(folder.folder, analyses, about)
+        write_numbers(folder.folder, analyses, {**data, "seed": args.seed, "suggestion": pairs})
         figures = draw(analyses, pairs)
         write_figures(folder.folder, figures, args.pdf)
         write_tensorboard(folder.folder / "tensorboard", analyses, figures)
