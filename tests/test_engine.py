@@ -1,0 +1,501 @@
+"""One epoch of training against loops by hand, and evaluation that counts every image once."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.amp import GradScaler
+from torch.utils.data import DataLoader, TensorDataset
+
+import utils
+from datasets import Prepare
+from engine import accumulation_group, evaluate, train_one_epoch, unwrap
+from main import ConstantScaler
+from samplers import ShardSampler
+from spectral import FeatureHooks
+
+CPU = torch.device("cpu")
+CLASSES = 7
+
+
+def make_model(dropout=0.0, dtype=torch.float64, seed=0):
+    torch.manual_seed(seed)
+    head = nn.Linear(3 * 4 * 4, CLASSES, dtype=dtype)
+    return nn.Sequential(nn.Flatten(), nn.Dropout(dropout), head)
+
+
+def make_batches(number, size=4, seed=1, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (
+            torch.randn(size, 3, 4, 4, generator=generator, dtype=dtype),
+            torch.randint(0, CLASSES, (size,), generator=generator),
+        )
+        for _ in range(number)
+    ]
+
+
+def cross_entropy(images, outputs, maps, labels):
+    assert maps == []
+    loss = F.cross_entropy(outputs, labels)
+    return {"loss": 3 * loss, "loss_base": loss, "loss_dist": 2 * loss}
+
+
+def train(model, batches, **options):
+    """train_one_epoch with plain SGD and the cross-entropy above, unless told otherwise; returns steps and meter."""
+    options = {
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "scaler": ConstantScaler("cpu"),
+        "meter": utils.Meter(["loss", "loss_base", "loss_dist"]),
+        "epoch": 5,
+        "device": CPU,
+        "prepare": nn.Identity(),
+        "seed_step": lambda epoch, step: None,
+        "should_stop": lambda: False,
+        "criterion": cross_entropy,
+    } | options
+    steps = train_one_epoch(model, FeatureHooks(model), options.pop("criterion"), batches, **options)
+    return steps, options["meter"]
+
+
+def by_hand(model, batches, lr=0.1, clip=None):
+    """Plain gradient descent; returns the loss of each step."""
+    values = []
+    for images, labels in batches:
+        loss = F.cross_entropy(model(images), labels)
+        grads = torch.autograd.grad(3 * loss, list(model.parameters()))
+        norm = torch.sqrt(sum(grad.square().sum() for grad in grads))
+        factor = min(1.0, clip / norm.item()) if clip else 1.0
+        with torch.no_grad():
+            for parameter, grad in zip(model.parameters(), grads, strict=True):
+                parameter -= lr * factor * grad
+        values.append(loss.item())
+    return values
+
+
+def assert_same_weights(one, other, atol=1e-12):
+    torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=0, atol=atol)
+
+
+# Training
+
+
+def test_an_epoch_is_one_descent_step_a_batch():
+    model, twin, batches = make_model(), make_model(), make_batches(6)
+    steps, meter = train(model, batches)
+    values = by_hand(twin, batches)
+    assert steps == 6
+    assert_same_weights(model, twin)
+    mean = sum(values) / 6
+    averages = {"loss": 3 * mean, "loss_base": mean, "loss_dist": 2 * mean}
+    assert meter.averages() == pytest.approx(averages, rel=1e-6)
+
+
+@pytest.mark.parametrize("clip", [0.01, 0.5, 1e6])
+def test_the_gradient_is_clipped_to_its_norm(clip):
+    model, twin, batches = make_model(), make_model(), make_batches(3)
+    train(model, batches, clip_grad=clip)
+    by_hand(twin, batches, clip=clip)
+    assert_same_weights(model, twin, atol=1e-6 * min(clip, 1))  # clip_grad_norm_ adds 1e-6 to the norm
+    moved = (model[2].weight - make_model()[2].weight).norm().item()
+    assert moved <= 3 * 0.1 * clip * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("accum_steps", [2, 3, 4])
+def test_accumulated_batches_equal_one_large_batch(accum_steps):
+    """Also the last group, which is not full with 2 or 4 of 6 + 1 batches."""
+    batches = make_batches(7)
+    groups = [batches[i : i + accum_steps] for i in range(0, 7, accum_steps)]
+    large = [tuple(torch.cat(parts) for parts in zip(*group, strict=True)) for group in groups]
+    model, twin = make_model(), make_model()
+    steps, meter = train(model, batches, accum_steps=accum_steps, print_freq=1)
+    _, meter_large = train(twin, large)
+    assert steps == 7
+    assert meter.count == 7
+    assert meter_large.count == len(large)
+    assert_same_weights(model, twin)
+
+
+@pytest.mark.parametrize(("num_steps", "accum_steps"), [(7, 1), (7, 2), (6, 3), (5, 8)])
+def test_accumulation_groups_cut_the_epoch_into_pieces(num_steps, accum_steps):
+    groups = [accumulation_group(step, num_steps, accum_steps) for step in range(num_steps)]
+    for step, (first, last) in enumerate(groups):
+        assert first <= step <= last < num_steps
+        assert last - first < accum_steps
+        assert groups[first] == groups[last] == (first, last)
+    assert len(set(groups)) == math.ceil(num_steps / accum_steps)
+
+
+def test_an_epoch_in_two_pieces_equals_a_whole_one():
+    model, twin, batches = make_model(), make_model(), make_batches(7)
+    _, whole = train(model, batches)
+    answers = iter([False, False, True])
+    done, meter = train(twin, batches, should_stop=lambda: next(answers))
+    assert done == 3
+    assert meter.count == 3
+    seeds = []
+    done, meter = train(
+        twin, batches[3:], start_step=3, meter=meter, seed_step=lambda epoch, step: seeds.append((epoch, step))
+    )
+    assert done == 7
+    assert seeds == [(5, step) for step in range(3, 7)]
+    assert meter.averages() == whole.averages()
+    assert_same_weights(model, twin, atol=0)
+
+
+def test_a_stop_waits_for_the_end_of_a_group():
+    done, meter = train(make_model(), make_batches(8), accum_steps=3, should_stop=lambda: True)
+    assert done == 3
+    assert meter.count == 3
+
+
+def test_mixup_makes_the_images_and_labels_of_the_step():
+    mixup = Mixup(mixup_alpha=1.0, label_smoothing=0.1, num_classes=CLASSES)
+    seen, made = [], []
+
+    def mix(images, labels):
+        made.append(mixup(images, labels))
+        return made[-1]
+
+    def criterion(images, outputs, maps, labels):
+        seen.append((images, labels))
+        return cross_entropy(images, outputs, maps, labels)
+
+    model = make_model(dtype=torch.float32)
+    weights = model[2].weight.clone()
+    train(model, make_batches(2, dtype=torch.float32), mixup=mix, criterion=criterion)
+    for got, wanted in zip(seen, made, strict=True):
+        assert got[0] is wanted[0]
+        assert got[1] is wanted[1]
+        assert got[1].shape == (4, CLASSES)
+    assert not torch.equal(weights, model[2].weight)
+
+
+def test_the_moving_average_follows_every_optimizer_step():
+    model, batches = make_model(), make_batches(5)
+    ema = ModelEmaV3(model, decay=0.9)
+    twin = make_model()
+    expected = {name: value.clone() for name, value in twin.state_dict().items()}
+    for group in (batches[0:2], batches[2:4], batches[4:]):
+        by_hand(twin, [tuple(torch.cat(parts) for parts in zip(*group, strict=True))])
+        expected = {name: 0.9 * expected[name] + 0.1 * value for name, value in twin.state_dict().items()}
+    train(model, batches, ema=ema, accum_steps=2)
+    torch.testing.assert_close(dict(ema.module.state_dict()), expected, rtol=0, atol=1e-12)
+
+
+def test_the_moving_average_is_of_the_bare_model():
+    class Ema:
+        def update(self, model):
+            self.model = model
+
+    model, ema = make_model(), Ema()
+
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = model
+
+        def forward(self, images):
+            return self.module(images)
+
+    wrapped = Wrapper()
+    train(wrapped, make_batches(1), ema=ema)
+    assert ema.model is model
+    assert unwrap(wrapped) is unwrap(model) is model
+
+
+@pytest.mark.parametrize("train_mode", [True, False])
+def test_train_mode_off_trains_without_dropout(train_mode):
+    model, twin, batches = make_model(dropout=0.5), make_model(), make_batches(3)
+    model.train(not train_mode)
+    train(model, batches, train_mode=train_mode)
+    by_hand(twin, batches)
+    assert model.training == train_mode
+    difference = (model[2].weight - twin[2].weight).abs().max()
+    assert difference > 1e-3 if train_mode else difference < 1e-12
+
+
+def test_random_erasing_is_on_in_training_and_off_in_evaluation():
+    prepare = Prepare([0.0] * 3, [1.0] * 3, reprob=1.0, remode="const")
+    images = [(torch.full((2, 3, 4, 4), 255, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))]
+    seen = []
+    model = make_model(dtype=torch.float32)
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    prepare.eval()
+    train(model, images, prepare=prepare)
+    evaluate(model, images, prepare=prepare, device=CPU)
+    assert (seen[0] == 0).any()
+    assert (seen[1] == 1).all()
+
+
+def test_every_step_is_seeded_before_it_draws():
+    draws = []
+
+    def criterion(images, outputs, maps, labels):
+        draws.append(torch.rand(()).item())
+        return cross_entropy(images, outputs, maps, labels)
+
+    train(make_model(), make_batches(3), criterion=criterion, seed_step=lambda e, s: torch.manual_seed(10 * e + s))
+    assert draws == [torch.rand((), generator=torch.Generator().manual_seed(50 + s)).item() for s in range(3)]
+
+
+def test_autocast_has_the_dtype_that_is_asked_for():
+    dtypes = []
+
+    def criterion(images, outputs, maps, labels):
+        dtypes.append(outputs.dtype)
+        return cross_entropy(images, outputs.float(), maps, labels)
+
+    for amp_dtype in (torch.float32, torch.bfloat16):
+        model = make_model(dtype=torch.float32)
+        train(model, make_batches(1, dtype=torch.float32), amp_dtype=amp_dtype, criterion=criterion)
+        assert model[2].weight.dtype == torch.float32
+    assert dtypes == [torch.float32, torch.bfloat16]
+
+
+def test_a_loss_scale_leaves_the_step_as_it_is():
+    model, twin = make_model(dtype=torch.float32), make_model(dtype=torch.float32)
+    batches = make_batches(3, dtype=torch.float32)
+    train(model, batches, scaler=GradScaler("cpu", init_scale=2.0**10), clip_grad=0.5)
+    train(twin, batches, clip_grad=0.5)
+    assert_same_weights(model, twin, atol=1e-6)
+
+
+CONSOLE = re.compile(
+    r"Epoch: \[5\]  \[ ?(\d+)/25\]  eta: \d:\d\d:\d\d  lr: 0\.100000  loss: \d+\.\d{4}  loss_base: \d+\.\d{4}  "
+    r"loss_dist: \d+\.\d{4}  time: \d+\.\d{4}  data: \d+\.\d{4}  img/s: \d+\.\d"
+)
+
+
+def test_the_console_has_a_line_every_ten_steps_and_at_the_end(capsys):
+    train(make_model(), make_batches(25))
+    lines = capsys.readouterr().out.splitlines()
+    matches = [CONSOLE.fullmatch(line) for line in lines]
+    assert all(matches), lines
+    assert [int(match[1]) for match in matches] == [10, 20, 25]
+
+
+# Divergence
+
+
+def spoiled(bad_steps, term="loss_dist", value=math.nan):
+    """A criterion whose term is not finite in these steps."""
+    steps = iter(range(10**6))
+
+    def criterion(images, outputs, maps, labels):
+        terms = cross_entropy(images, outputs, maps, labels)
+        if next(steps) in bad_steps:
+            terms[term] = terms[term] * value
+            terms["loss"] = terms["loss_base"] + terms["loss_dist"]
+        return terms
+
+    return criterion
+
+
+def test_a_step_whose_loss_is_not_finite_is_skipped_and_named(capsys):
+    model, twin, batches = make_model(), make_model(), make_batches(6)
+    _, meter = train(model, batches, criterion=spoiled({2, 3}))
+    by_hand(twin, batches[:2] + batches[4:])
+    assert_same_weights(model, twin)
+    assert meter.count == 4
+    assert all(math.isfinite(value) for value in meter.averages().values())
+    lines = [line for line in capsys.readouterr().out.splitlines() if "not finite" in line]
+    assert len(lines) == 2
+    assert "term loss_dist of rank 0 is not finite in epoch 5, step 2" in lines[0]
+
+
+def test_the_third_loss_in_a_row_that_is_not_finite_ends_training():
+    model, twin, batches = make_model(), make_model(), make_batches(12)
+    with pytest.raises(utils.Diverged, match=r"loss_base.*3 steps in a row, epoch 5, step 6"):
+        train(model, batches, criterion=spoiled({1, 4, 5, 6}, "loss_base", math.inf))
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+    by_hand(twin, [batches[0], batches[2], batches[3], *batches[7:10]])  # looked at every ten steps
+    assert_same_weights(model, twin)
+
+
+def test_bad_losses_with_good_ones_between_do_not_end_training():
+    steps, _ = train(make_model(), make_batches(12), criterion=spoiled({0, 1, 3, 4, 6, 7, 9, 10}))
+    assert steps == 12
+
+
+@pytest.mark.parametrize(("bad", "ends"), [(range(1, 21), True), (range(1, 20), False)])
+def test_twenty_gradients_in_a_row_that_are_not_finite_end_training(bad, ends):
+    model, steps = make_model(), iter(range(10**6))
+    model[2].weight.register_hook(lambda grad: grad * (math.inf if next(steps) in bad else 1))
+    if ends:
+        with pytest.raises(utils.Diverged, match=r"20 steps in a row were skipped.*epoch 5, step 20"):
+            train(model, make_batches(30))
+    else:
+        assert train(model, make_batches(30))[0] == 30
+    assert model[2].weight.isfinite().all()
+
+
+def test_a_gradient_scale_under_one_ends_training():
+    """A collapsed scaler skips every step while the loss stays finite; the original trains on like that."""
+    model = make_model(dtype=torch.float32)
+    model[2].weight.register_hook(lambda grad: grad * math.inf)
+    scaler = GradScaler("cpu", init_scale=4.0)  # halves with every skipped step
+    with pytest.raises(utils.Diverged, match=r"gradient scale fell to .* in epoch 5"):
+        train(model, make_batches(10, dtype=torch.float32), scaler=scaler, print_freq=4)
+
+
+# Evaluation
+
+
+def make_scored(num_images, classes=CLASSES, seed=3):
+    """A model that looks its logits up, with images and labels: nothing in the expected counts is computed by it."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(num_images, classes, generator=generator)
+    labels = torch.randint(0, classes, (num_images,), generator=generator)
+    images = torch.arange(num_images, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+
+    class Lookup(nn.Module):
+        def forward(self, images):
+            return logits[images[:, 0, 0, 0].long()]
+
+    return Lookup(), TensorDataset(images, labels), logits
+
+
+def expected_counts(dataset, logits):
+    """Counts by sorting, loss in float64."""
+    labels = dataset.tensors[1]
+    order = logits.argsort(dim=1, descending=True)
+    places = (order == labels[:, None]).int().argmax(dim=1)
+    loss = F.cross_entropy(logits.double(), labels).item()
+    return {
+        "images": len(labels),
+        "correct1": (places == 0).sum().item(),
+        "correct5": (places < 5).sum().item(),
+        "loss": loss,
+    }
+
+
+@pytest.mark.parametrize("num_images", [1, 2, 3, 17])
+@pytest.mark.parametrize("shards", [1, 2, 3])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_shards_together_have_the_counts_of_the_whole(num_images, shards, batch_size):
+    model, dataset, logits = make_scored(num_images)
+    total = dict.fromkeys(["images", "correct1", "correct5", "loss"], 0)
+    for rank in range(min(shards, num_images)):
+        loader = DataLoader(dataset, batch_size, sampler=ShardSampler(dataset, shards, rank))
+        stats = evaluate(model, loader, device=CPU, prepare=nn.Identity())
+        assert stats["acc1"] == 100 * stats["correct1"] / stats["images"]
+        assert stats["acc5"] == 100 * stats["correct5"] / stats["images"]
+        total = {name: total[name] + stats[name] * (stats["images"] if name == "loss" else 1) for name in total}
+    total["loss"] /= total["images"]
+    expected = expected_counts(dataset, logits)
+    assert total.pop("loss") == pytest.approx(expected.pop("loss"), rel=1e-6)
+    assert total == expected
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4, 5])
+def test_with_five_classes_or_fewer_every_image_is_among_the_best_five(classes):
+    model, dataset, logits = make_scored(9, classes)
+    stats = evaluate(model, DataLoader(dataset, 4), device=CPU, prepare=nn.Identity())
+    assert stats["acc5"] == 100
+    assert stats["correct1"] == expected_counts(dataset, logits)["correct1"]
+
+
+def test_evaluation_puts_the_model_into_eval_mode_and_makes_no_graph():
+    model = make_model(dropout=0.9)
+    model.train()
+    outputs = []
+    model.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    batches = make_batches(2)
+    one, two = (evaluate(model, batches, device=CPU, prepare=nn.Identity()) for _ in range(2))
+    assert one == two
+    assert not model.training
+    assert not any(output.requires_grad for output in outputs)
+
+
+def one_right_of_17():
+    """Only the first image, which padding to a multiple of the processes would count again, is classified right."""
+    model, dataset, logits = make_scored(17)
+    labels = (logits.argmax(dim=1) + 1) % CLASSES
+    labels[0] = logits[0].argmax()
+    return model, TensorDataset(dataset.tensors[0], labels)
+
+
+# Two processes
+
+TWO_PROCESSES = """
+import json, sys
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+import test_engine, utils
+from engine import evaluate
+from samplers import ShardSampler
+
+device = utils.init_distributed("cpu")
+rank = utils.rank()
+result = {"scores": {}}
+for num_images in (1, 2, 3, 17):
+    model, dataset, _ = test_engine.make_scored(num_images)
+    loader = DataLoader(dataset, 4, sampler=ShardSampler(dataset, 2, rank))
+    result["scores"][num_images] = evaluate(model, loader, device=device, prepare=nn.Identity())
+model, dataset = test_engine.one_right_of_17()
+loader = DataLoader(dataset, 4, sampler=ShardSampler(dataset, 2, rank))
+result["shared"] = evaluate(model, loader, device=device, prepare=nn.Identity())
+result["not_shared"] = evaluate(model, DataLoader(dataset, 4), device=device, prepare=nn.Identity(), sharded=False)
+
+model = test_engine.make_model()
+shares = [(images[rank::2], labels[rank::2]) for images, labels in test_engine.make_batches(5)]
+_, meter = test_engine.train(DistributedDataParallel(model), shares, accum_steps=2)
+result["terms"] = meter.averages(over_ranks=True)
+result["weights"] = utils.gather_objects({name: value.tolist() for name, value in model.state_dict().items()})
+if rank == 0:
+    with open(sys.argv[1], "w") as file:
+        json.dump(result, file)
+"""
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """What two processes, started as training is, make of the same work."""
+    folder, tests = tmp_path_factory.mktemp("two"), Path(__file__).parent
+    (folder / "script.py").write_text(TWO_PROCESSES)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = os.environ | {"PYTHONPATH": f"{tests}:{tests.parent}", "OMP_NUM_THREADS": "1"}
+    command = [*launcher, folder / "script.py", folder / "result.json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.mark.parametrize("num_images", [1, 2, 3, 17])
+def test_two_processes_count_every_image_once(two_processes, num_images):
+    """Also where a process has no image at all."""
+    _, dataset, logits = make_scored(num_images)
+    stats, expected = two_processes["scores"][str(num_images)], expected_counts(dataset, logits)
+    assert stats["loss"] == pytest.approx(expected.pop("loss"), rel=1e-6)
+    assert {name: stats[name] for name in expected} == expected
+
+
+def test_two_processes_score_one_of_seventeen_as_5_88_percent(two_processes):
+    """The original pads to 18 images, counts the first one twice, and prints 11.11."""
+    for stats in (two_processes["shared"], two_processes["not_shared"]):
+        assert (stats["correct1"], stats["images"]) == (1, 17)
+        assert round(stats["acc1"], 2) == 5.88
+
+
+def test_two_processes_train_as_one_with_their_batches_together(two_processes):
+    model = make_model()
+    _, meter = train(model, make_batches(5), accum_steps=2)
+    wanted = {name: value.tolist() for name, value in model.state_dict().items()}
+    assert two_processes["terms"] == pytest.approx(meter.averages(), rel=1e-6)
+    assert two_processes["weights"][0] == two_processes["weights"][1]
+    for name, value in wanted.items():
+        got = torch.tensor(two_processes["weights"][0][name], dtype=torch.float64)
+        torch.testing.assert_close(got, torch.tensor(value, dtype=torch.float64), rtol=0, atol=1e-12)
