@@ -2,7 +2,6 @@
 
 import json
 import math
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +32,8 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("name", ["deit_tiny", "swin_tiny", "batch_2048"])
 def test_every_epoch_has_the_learning_rate_of_the_original(name):
     case = json.loads((GOLDEN / "learning_rate.json").read_text())[name]
-    args = main.parse_args([*case["args"].split(), "--batch-size", str(case["global_batch"])])
+    flags = ["--data-set", "GRATINGS", *case["args"].split(), "--batch-size", str(case["global_batch"])]
+    args = main.parse_args(flags)
     optimizer, scheduler, num_epochs = main.build_optimizer(args, nn.Linear(2, 2))
     used = []
     for epoch in range(num_epochs):
@@ -95,7 +95,7 @@ def replay(golden, tmp_path_factory):
     """Trains on the run's images with what `main` builds, in the order in which it does: terms, statistics, the end."""
     teacher_path = tmp_path_factory.mktemp("teacher") / "teacher.pth"
     torch.save(golden["teacher_weights"], teacher_path)
-    args = main.parse_args(trajectory_flags(golden, teacher_path))
+    args = main.parse_args(["--data-set", "GRATINGS", *trajectory_flags(golden, teacher_path)])
     model = main.build_student(args, golden["num_classes"])
     models.load_weights(model, golden["student_init_weights"])
     ema = ModelEmaV3(model, args.model_ema_decay)
@@ -180,16 +180,13 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def run(golden, folder):
-    """Runs our program in this process on the folder with more flags; gives back signals and generators after."""
-    handlers = {number: signal.getsignal(number) for number in utils.STOP_SIGNALS}
+    """Runs our program in this process on the folder, with more flags."""
 
     def run(*flags, data=folder):
         common = ["--data-path", str(data), "--batch-size", "4", "--num_workers", "0", "--device", "cpu"]
         return main.main(main.parse_args([*model_flags(golden), *common, *map(str, flags)]))
 
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return run
 
 
 def score_by_hand(golden, folder, weights):
@@ -215,7 +212,7 @@ def test_the_checkpoint_of_the_original_evaluates(golden, folder, run, flags, ke
 
 
 def test_the_checkpoint_of_the_original_restores_weights_average_and_optimizer(golden):
-    args = main.parse_args([*model_flags(golden), "--epochs", "5"])
+    args = main.parse_args(["--data-set", "GRATINGS", *model_flags(golden)])
     model = main.build_student(args, 10)
     ema = ModelEmaV3(model, args.model_ema_decay)
     optimizer, scheduler, _ = main.build_optimizer(args, model)
