@@ -52,7 +52,12 @@ def build_dataset(name, split, path, transform=None, *, inat_category="name", nu
     if not root.is_dir():
         raise FileNotFoundError(f"--data-path {path} is not a folder")
     if name == "CIFAR":
-        return CIFAR100(root, train=split == "train", transform=transform)
+        try:
+            return CIFAR100(root, train=split == "train", transform=transform)
+        except RuntimeError:  # its own message proposes an argument of Python's
+            raise RuntimeError(
+                f"CIFAR-100 not found or damaged under --data-path {path}: unpack cifar-100-python.tar.gz there"
+            ) from None
     if name in ("INAT", "INAT19"):
         return INaturalist(root, split, 2018 if name == "INAT" else 2019, inat_category, transform)
     folder = root / split
@@ -97,6 +102,11 @@ class INaturalist(Dataset):
         if category not in INAT_CATEGORIES:
             raise ValueError(f"--inat-category {category} is not one of {', '.join(INAT_CATEGORIES)}")
         categories = _read_json(root / "categories.json")
+        if not all(category in c for c in categories):
+            levels = [level for level in INAT_CATEGORIES if all(level in c for c in categories)]
+            raise ValueError(
+                f"--inat-category {category} is not in {root / 'categories.json'}: it has {', '.join(levels)}"
+            )
         level_of = {int(c.get("id", i)): c[category] for i, c in enumerate(categories)}
         train = _read_json(root / f"train{year}.json")
         order = dict.fromkeys(level_of[int(a["category_id"])] for a in train["annotations"])
@@ -108,7 +118,10 @@ class INaturalist(Dataset):
             folder, *_, category_id, file = image["file_name"].split("/")
             deit = root / folder / category_id / file
             path = deit if deit.exists() else root / image["file_name"]
-            self.samples.append((str(path), number[level_of[int(category_id)]]))
+            label = number.get(level_of.get(int(category_id)))
+            if label is None:
+                raise ValueError(f"the {category} of {image['file_name']} is not among those of train{year}.json")
+            self.samples.append((str(path), label))
         self.transform, self.loader = transform, LastImage()
 
     def __len__(self):
@@ -123,8 +136,10 @@ class INaturalist(Dataset):
 def _read_json(path):
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: INAT needs categories.json, train<year>.json, val<year>.json")
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
 
 
 def train_transform(
