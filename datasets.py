@@ -81,7 +81,6 @@ class LastImage:
             try:
                 self.path, self.image = path, default_loader(path)
             except Exception as error:
-                self.path = None
                 raise BadImageError(f"cannot read image {path}: {error}") from None
         return self.image
 

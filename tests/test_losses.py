@@ -215,7 +215,7 @@ def test_the_teacher_is_frozen_in_eval_and_outside_the_loss(teacher_model):
 def test_a_step_gives_gradients_to_the_student_alone_and_leaves_the_teacher_as_it_was(teacher_model, batch):
     before = {key: value.clone() for key, value in teacher_model.state_dict().items()}
     teacher = FrozenTeacher(teacher_model, [1, 1])
-    images = randn(5, 3, 32, 32)
+    images = randn(5, 3, 32, 32).requires_grad_()
     logits, maps = teacher(images)
     assert not logits.requires_grad
     assert not any(x.requires_grad for x in maps)
