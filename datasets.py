@@ -258,11 +258,14 @@ class SeededDataset(Dataset):
             print(f"warning: {error}; taking the next one, {self.budget.value} more allowed", flush=True)
 
 
-def build_loader(dataset, sampler, batch_size, num_workers, *, drop_last, pin_memory=False, timeout=0):
+def build_loader(
+    dataset, sampler, batch_size, num_workers, *, drop_last, pin_memory=False, timeout=0, worker_init_fn=None
+):
     """A DataLoader of (uint8 images (B, 3, H, W), int64 labels (B,)) whose workers live as long as it does.
 
     Args:
         timeout: seconds to wait for a worker's batch before giving up; 0 waits for ever.
+        worker_init_fn: called in each worker with its number, or None.
     """
     return DataLoader(
         dataset,
@@ -274,6 +277,7 @@ def build_loader(dataset, sampler, batch_size, num_workers, *, drop_last, pin_me
         drop_last=drop_last,
         persistent_workers=num_workers > 0,
         timeout=timeout if num_workers > 0 else 0,
+        worker_init_fn=worker_init_fn,
     )
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import itertools
 import math
 import time
 
@@ -34,6 +35,7 @@ def train_one_epoch(
     clip_grad=None,
     mixup=None,
     ema=None,
+    watch=None,
     train_mode=True,
     print_freq=10,
 ):
@@ -56,6 +58,7 @@ def train_one_epoch(
         clip_grad: largest gradient norm, or None.
         mixup: (images, labels) -> (images, labels), or None.
         ema: has `update(model)`, or None.
+        watch: the run's DivergenceWatch, which counts across epochs; None for one of this epoch alone.
         train_mode: False keeps the model in eval mode (no dropout) while it trains.
         print_freq: steps between console lines; between them the device is never waited for.
 
@@ -69,13 +72,17 @@ def train_one_epoch(
     prepare.train()
     num_steps = start_step + len(loader)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    watch = DivergenceWatch(list(meter.sums), epoch)
+    watch = watch or DivergenceWatch()
+    watch.begin(list(meter.sums), epoch)
+    buffers = BufferGuard(model)
     console = Console(f"Epoch: [{epoch}]", num_steps, start_step, device)
     rows = []
     optimizer.zero_grad(set_to_none=True)
     for step, (images, labels) in enumerate(console.timed(loader), start_step):
         seed_step(epoch, step)
         first, last = accumulation_group(step, num_steps, accum_steps)
+        if step == first:
+            buffers.keep()
         images, labels = prepare(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
         if mixup is not None:
             images, labels = mixup(images, labels)
@@ -83,7 +90,7 @@ def train_one_epoch(
             with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype != torch.float32):
                 outputs = model(images)
                 terms = criterion(images, outputs, hooks.pop(), labels)
-            scaler.scale(terms["loss"] / (last - first + 1)).backward()
+            scaler.scale(spoil_unless_finite(terms["loss"]) / (last - first + 1)).backward()
         rows.append(torch.stack([terms[name].detach() for name in meter.sums]))
         console.count_images(len(images))
         if step != last:
@@ -93,6 +100,7 @@ def train_one_epoch(
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
+        buffers.put_back_unless(norm.isfinite())
         if ema is not None:
             ema.update(unwrap(model))
         watch.note(rows[-(last - first + 1) :], norm, step)
@@ -126,17 +134,44 @@ def unwrap(model):
     return model
 
 
+def spoil_unless_finite(loss):
+    """The loss, with a gradient of nan where it is not finite: some losses are infinite and their gradient is not.
+
+    The sum over the processes carries the nan to all of them, and the scaler skips the step on each.
+    """
+    return loss * (1 + 0 * loss.detach())
+
+
+class BufferGuard:
+    """Puts a model's buffers back after a skipped step: BatchNorm's statistics have seen the bad batch by then."""
+
+    def __init__(self, model):
+        self.buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+
+    def keep(self):
+        self.kept = [buffer.clone() for buffer in self.buffers]
+
+    @torch.no_grad()
+    def put_back_unless(self, finite):
+        """finite: bool scalar on the device, which is not waited for."""
+        for buffer, kept in zip(self.buffers, self.kept, strict=True):
+            buffer.copy_(torch.where(finite, buffer, kept))
+
+
 class DivergenceWatch:
     """Stops all processes together when training has broken down; looks at the device only in `check`.
 
     The gradient is summed over the processes before it is tested, so all of them skip the same steps. What one process
-    alone knows, that its own loss is not finite, is shared in `check`.
+    alone knows, that its own loss is not finite, is shared in `check`. Steps in a row are counted across epochs.
     """
 
-    def __init__(self, names, epoch):
+    def __init__(self):
+        self.bad_losses, self.skipped = 0, 0
+
+    def begin(self, names, epoch):
+        """Begins an epoch; `names` are those of the terms in `note`."""
         self.names, self.epoch = names, epoch
         self.steps, self.finite, self.norms, self.terms = [], [], [], []
-        self.bad_losses, self.skipped = 0, 0
 
     def note(self, rows, norm, step):
         """Takes the terms (rows of numbers) and the gradient norm of an optimizer step; both stay on the device."""
@@ -213,22 +248,28 @@ class Console:
 
 
 @torch.inference_mode()
-def evaluate(model, loader, *, device, prepare, amp_dtype=torch.float32, sharded=True):
+def evaluate(model, loader, *, device, prepare, amp_dtype=torch.float32, sharded=True, should_stop=None):
     """Cross-entropy and accuracy over all images of all processes' loaders, each counted once.
 
     Args:
         model: bare model, images -> logits (B, classes).
         loader: yields uint8 images and int64 labels; the processes' loaders hold disjoint shards where `sharded`.
-        device, prepare, amp_dtype: as in `train_one_epoch`.
+        device, prepare, amp_dtype, should_stop: as in `train_one_epoch`.
 
     Returns:
         {"loss": mean over images, "acc1", "acc5": percent, "correct1", "correct5", "images": counts}. acc5 is over
-        the best min(5, classes).
+        the best min(5, classes). None where a stop was asked for.
     """
     model.eval()
     prepare.eval()
     totals = torch.zeros(4, dtype=torch.float64, device=device)  # loss, correct1, correct5, images: counts stay exact
-    for images, labels in loader:
+    most = max(utils.gather_objects(len(loader)))  # as shards differ by an image, loaders may differ by a batch
+    for batch in itertools.chain(loader, itertools.repeat(None, most - len(loader))):
+        if should_stop is not None and should_stop():
+            return None
+        if batch is None:
+            continue
+        images, labels = batch
         images, labels = prepare(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
         with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype != torch.float32):
             logits = model(images)

@@ -15,10 +15,11 @@ from safetensors.torch import save
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy
 from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
+from timm.scheduler import PlateauLRScheduler, create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.amp import GradScaler
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
@@ -28,7 +29,7 @@ import models
 import samplers
 import spectral
 import utils
-from engine import evaluate, train_one_epoch
+from engine import DivergenceWatch, evaluate, train_one_epoch
 from utils import Parser, key_values, number
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -175,6 +176,7 @@ def add_run_flags(add):
     add("--seed", type=COUNT, default=0, help="seed of weights, order and augmentation")
     add("--resume", default="", help="checkpoint, URL, or auto: the newest whole one in --output_dir")
     add("--start_epoch", "--start-epoch", type=COUNT, help="first epoch; default: the checkpoint's next")
+    add("--allow-world-size-change", action="store_true", help="go on with another number of processes than before")
     add("--overwrite", action="store_true", help="start anew in a folder that holds checkpoints")
     add("--save-every", type=COUNT, default=0, help="keep a checkpoint every so many epochs; 0: none")
     add("--eval", action="store_true", help="score the weights and stop")
@@ -358,7 +360,7 @@ def build_loaders(args, dataset_train, dataset_val):
     rank, size = utils.rank(), utils.world_size()
     sharded = (size, rank) if args.dist_eval else (1, 0)
     common = {"num_workers": args.num_workers, "pin_memory": args.pin_mem and args.device != "cpu"}
-    common["timeout"] = args.loader_timeout
+    common |= {"timeout": args.loader_timeout, "worker_init_fn": utils.begin_loader_worker}
     loader_val = datasets.build_loader(
         dataset_val,
         samplers.ShardSampler(dataset_val, *sharded),
@@ -421,7 +423,8 @@ def build_teacher(args, num_classes, device, student):
     """The frozen teacher on its device, or None where the kind of distillation needs none."""
     if args.distillation_type == "none":
         return None
-    with utils.main_first() if not args.teacher_path else contextlib.nullcontext():
+    named = utils.as_user_error("no teacher (its weights can come from a file, --teacher-path): ", utils.UserError)
+    with utils.main_first() if not args.teacher_path else contextlib.nullcontext(), named:
         model = models.build_model(
             args.teacher_model,
             num_classes,
@@ -576,7 +579,7 @@ class RunState:
 
     def finish_epoch(self, accuracy):
         """Notes a whole epoch; returns whether its accuracy, percent, is the best so far."""
-        best = accuracy > self.best_accuracy
+        best = accuracy > self.best_accuracy or self.best_epoch < 0
         if best:
             self.best_accuracy, self.best_epoch = accuracy, self.epoch
         self.epoch, self.step, self.meter = self.epoch + 1, 0, new_meter()
@@ -587,8 +590,8 @@ class RunState:
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "lr_scheduler": {k: v for k, v in self.scheduler.state_dict().items() if is_plain(v)},
-            "scaler": self.scaler.state_dict(),
+            "lr_scheduler": self._plateau_state(),
+            "scaler": None if isinstance(self.scaler, ConstantScaler) else self.scaler.state_dict(),
             "model_ema": self.ema.module.state_dict() if self.ema is not None else None,
             "epoch": self.epoch - 1,
             "step": self.step,
@@ -614,18 +617,42 @@ class RunState:
         self._load_optimizer(checkpoint["optimizer"])
         if checkpoint.get("scaler") and not isinstance(self.scaler, ConstantScaler):
             self.scaler.load_state_dict(checkpoint["scaler"])
-        if args.sched == "plateau" and checkpoint.get("lr_scheduler"):
-            self.scheduler.load_state_dict(checkpoint["lr_scheduler"])
         if self.ema is not None and checkpoint.get("model_ema"):
             models.load_weights(self.ema.module, utils.extract_weights(checkpoint, ema=True))
         elif self.ema is not None:
             utils.say("--resume: the file holds no moving average; it starts from the weights")
             self.ema.set(self.model)
-        self.epoch, self.step = checkpoint["epoch"] + 1, checkpoint.get("step", 0)
+        self.epoch, self.step = checkpoint["epoch"] + 1, resumed_step(args, checkpoint)
         if self.step:
             self.meter.load_state_dict(checkpoint["meter"])
         self.best_accuracy, self.best_epoch = checkpoint.get("max_accuracy", 0.0), checkpoint.get("best_epoch", -1)
-        say_changes(args, checkpoint.get("args", {}))
+        say_changes(args, stored_args(checkpoint))
+        self._set_schedule(checkpoint)
+
+    def start_at(self, epoch):
+        """Begins with the given epoch, whatever was loaded."""
+        self.epoch, self.step, self.meter = epoch, 0, new_meter()
+        self.scheduler.step(max(epoch - 1, 0))
+
+    def _set_schedule(self, checkpoint):
+        """A schedule is a function of the epoch, but for plateau, which is one of the accuracies so far."""
+        stored = checkpoint.get("lr_scheduler") or {}
+        if not isinstance(self.scheduler, PlateauLRScheduler):
+            if self.epoch > 0:
+                self.scheduler.step(self.epoch - 1)
+        elif stored.keys() >= PLATEAU_STATE:
+            vars(self.scheduler.lr_scheduler).update({name: stored[name] for name in PLATEAU_STATE})
+            self.scheduler.restore_lr = stored["restore_lr"]
+            for group, lr in zip(self.optimizer.param_groups, stored["lr"], strict=True):
+                group["lr"] = lr
+            utils.say("--resume: --sched plateau goes on with the learning rate of the file, whatever --lr is")
+
+    def _plateau_state(self):
+        if not isinstance(self.scheduler, PlateauLRScheduler):
+            return None
+        state = {name: getattr(self.scheduler.lr_scheduler, name) for name in sorted(PLATEAU_STATE)}
+        lr = [group["lr"] for group in self.optimizer.param_groups]
+        return state | {"restore_lr": self.scheduler.restore_lr, "lr": lr}
 
     def _load_optimizer(self, stored):
         flags = [{k: v for k, v in group.items() if k in FLAGGED} for group in self.optimizer.param_groups]
@@ -635,13 +662,8 @@ class RunState:
             group.update(flag)
 
 
+PLATEAU_STATE = {"best", "num_bad_epochs", "cooldown_counter", "last_epoch"}
 FLAGGED = ("lr", "initial_lr", "weight_decay", "betas", "eps", "momentum")  # options of an optimizer that flags set
-
-
-def is_plain(value):
-    if isinstance(value, (list, tuple)):
-        return all(is_plain(item) for item in value)
-    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def new_meter():
@@ -652,24 +674,72 @@ def milestone(args, epoch):
     return epoch if args.save_every and (epoch + 1) % args.save_every == 0 else None
 
 
+def stored_args(checkpoint):
+    args = checkpoint.get("args") or {}
+    return args if isinstance(args, dict) else vars(args)
+
+
 def say_changes(args, stored):
-    stored = stored if isinstance(stored, dict) else vars(stored)
     for name, value in vars(args).items():
         if name not in ("resume", "start_epoch", "overwrite") and name in stored and stored[name] != value:
             utils.say(f"--resume: {name} was {stored[name]} and is {value} from now on")
 
 
+def resumed_step(args, checkpoint):
+    """The step of the epoch in progress to go on with, also where a step has other images than before."""
+    step, stored = checkpoint.get("step", 0), stored_args(checkpoint)
+    before = stored.get("batch_size", args.batch_size) * checkpoint.get("world_size", utils.world_size())
+    now = args.batch_size * utils.world_size()
+    if before == now and stored.get("accum_steps", args.accum_steps) == args.accum_steps:
+        return step
+    return step * before // now // args.accum_steps * args.accum_steps
+
+
 def find_resume(args, folder):
-    """The checkpoint to go on from, or None for a fresh run."""
+    """The checkpoint to go on from (or to score), or None for a fresh run.
+
+    Raises:
+        utils.UserError: there is none that is whole, or it does not belong to this command line or folder.
+    """
     if args.resume == "auto":
-        path, checkpoint = folder.load_newest()
+        path, checkpoint = (folder or utils.CheckpointFolder(args.output_dir)).load_newest()
         utils.say(f"--resume auto: {path}" if path else "--resume auto: no checkpoint yet, a fresh run")
-        return checkpoint
-    if args.resume:
-        return utils.load_checkpoint(args.resume)
-    if folder is not None and (folder.folder / folder.LATEST).exists() and not args.overwrite:
-        raise utils.UserError(f"{folder.folder} holds a run: --resume auto goes on with it, --overwrite starts anew")
-    return None
+    else:
+        inside = folder is not None and Path(args.resume).resolve().parent == folder.folder.resolve()
+        if folder is not None and folder.files() and not args.overwrite and not (args.resume and inside):
+            raise utils.UserError(
+                f"{folder.folder} holds a run: --resume auto goes on with it, --overwrite starts anew"
+            )
+        checkpoint = utils.load_checkpoint(args.resume) if args.resume else None
+    if folder is not None and args.overwrite:
+        folder.clear()
+    if checkpoint is not None and folder is not None:
+        check_world_size(args, checkpoint)
+    return checkpoint
+
+
+def check_world_size(args, checkpoint):
+    before, now = checkpoint.get("world_size", utils.world_size()), utils.world_size()
+    if before == now:
+        return
+    change = f"{before} processes wrote the checkpoint and {now} are here"
+    if not args.allow_world_size_change:
+        raise utils.UserError(f"--resume: {change}: start {before}, or give --allow-world-size-change")
+    utils.say(
+        f"--resume: {change}: from now on a step has {args.batch_size * args.accum_steps * now} images, the learning "
+        "rate follows unless --unscale-lr is given, and each process sees other images in another augmentation"
+    )
+
+
+def stop_early(args, state, folder, number, num_steps):
+    """Saves the run in the middle of an epoch and ends it.
+
+    Raises:
+        utils.Stopped: always.
+    """
+    saved = folder is not None and folder.save(state.to_dict(args))
+    then = "--resume auto goes on from here" if saved else "this state was not saved"
+    raise utils.Stopped(number, f" in epoch {state.epoch}, after step {state.step} of {num_steps}: {then}")
 
 
 # What was built, in words
@@ -717,10 +787,9 @@ def dry_run(args, train, loader, device, num_epochs):
     utils.say(f"dry run: {len(loader)} steps an epoch, {num_epochs} epochs: {total} of training; nothing was written")
 
 
-def score(args, model, loader, scoring):
+def score(args, model, loader, scoring, checkpoint):
     """--eval: the accuracy of the weights that --resume, --finetune or --pretrained gave."""
-    if args.resume:
-        checkpoint = utils.load_checkpoint(args.resume)
+    if checkpoint is not None:
         models.load_weights(model, utils.extract_weights(checkpoint, ema=args.eval_ema))
     return say_accuracy(evaluate(model, loader, **scoring))
 
@@ -735,13 +804,14 @@ def say_accuracy(stats, name="the network"):
 
 def export(args):
     """--export: the weights, or with --eval-ema their moving average, for timm.create_model(checkpoint_path=...)."""
-    if not args.resume:
+    checkpoint = find_resume(args, None)
+    if checkpoint is None:
         raise utils.UserError("--export needs the checkpoint to export: give --resume FILE")
     if not args.export.endswith(".safetensors"):
         raise utils.UserError(
             f"--export {args.export}: the name must end in .safetensors, by which timm knows the format"
         )
-    weights = utils.extract_weights(utils.load_checkpoint(args.resume), ema=args.eval_ema)
+    weights = utils.extract_weights(checkpoint, ema=args.eval_ema)
     # Clones, because the format holds no tensors that share memory.
     weights = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()}
     with utils.as_user_error(f"--export {args.export}: ", OSError, SafetensorError):
@@ -754,8 +824,11 @@ def main(args):
         return export(args)
 
     # Set-up
-    device = utils.init_distributed(args.device, args.dist_url, args.dist_timeout)
+    should_stop = utils.StopRequest()
+    device = utils.init_distributed(args.device, args.dist_url, args.dist_timeout, args.world_size)
     folder = utils.open_output_folder(None if args.eval or args.dry_run else args.output_dir)
+    checkpoint = find_resume(args, folder)
+    utils.run_status.begin(folder and folder.folder)
     amp_dtype = DTYPES[args.amp_dtype or ("float16" if device.type == "cuda" else "float32")]
 
     # Data
@@ -774,7 +847,7 @@ def main(args):
     prepare = datasets.Prepare(*normalisation(model), args.reprob, args.remode, args.recount, device)
     scoring = {"device": device, "prepare": prepare, "amp_dtype": amp_dtype, "sharded": args.dist_eval}
     if args.eval:
-        return score(args, model, loader_val, scoring)
+        return score(args, model, loader_val, scoring, checkpoint)
     ema = None
     if args.model_ema:
         ema = ModelEmaV3(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
@@ -793,14 +866,13 @@ def main(args):
 
     # Resume
     state = RunState(model, optimizer, scheduler, scaler, ema)
-    checkpoint = find_resume(args, folder)
     if checkpoint is not None:
         state.load(checkpoint, args)
+        del checkpoint  # as large as the model and the optimizer
     if args.start_epoch is not None:
-        state.epoch, state.step = args.start_epoch, 0
-    if state.epoch > 0:
-        scheduler.step(state.epoch - 1, state.best_accuracy)
+        state.start_at(args.start_epoch)
     if state.epoch >= num_epochs:
+        utils.run_status.write("done")
         return utils.say(f"nothing to do: {state.epoch} of {num_epochs} epochs are done")
 
     # Loop
@@ -821,30 +893,34 @@ def main(args):
         device=device,
         prepare=prepare,
         seed_step=lambda *where: utils.seed_everything(samplers.counter_seed(args.seed, utils.rank(), *where)),
-        should_stop=utils.StopRequest(),
+        should_stop=should_stop,
         amp_dtype=amp_dtype,
         accum_steps=args.accum_steps,
         clip_grad=args.clip_grad,
         mixup=build_mixup(args, num_classes),
         ema=ema,
+        watch=DivergenceWatch(),
         train_mode=args.train_mode,
     )
     if args.dry_run:
         return dry_run(args, train, loader_train, device, num_epochs)
     log = utils.RunLog(args.output_dir, vars(args) | {"world_size": utils.world_size()}, state.epoch)
+    should_stop.between_steps(args.dist_timeout)
     while state.epoch < num_epochs:
         epoch, began, start_step = state.epoch, time.perf_counter(), state.step
         sampler.set_epoch(epoch, start_step * args.batch_size)
         num_steps = start_step + len(loader_train)
         state.step = train(loader_train, meter=state.meter, epoch=epoch, start_step=start_step)
         seconds = time.perf_counter() - began
-        if state.step < num_steps:
-            folder and folder.save(state.to_dict(args))
-            return utils.say(
-                f"stopped at epoch {epoch}, step {state.step} of {num_steps}: --resume auto goes on from here"
-            )
+        whole = state.step == num_steps
+        test = evaluate(model, loader_val, should_stop=should_stop, **scoring) if whole else None
+        test_ema = None
+        if test is not None and args.eval_ema:
+            test_ema = evaluate(ema.module, loader_val, should_stop=should_stop, **scoring)
+        if test is None or (args.eval_ema and test_ema is None):
+            stop_early(args, state, folder, should_stop.number, num_steps)
+        say_accuracy(test)
         lr = optimizer.param_groups[0]["lr"]
-        test = say_accuracy(evaluate(model, loader_val, **scoring))
         stats = {
             "train_lr": lr,
             **{f"train_{name}": value for name, value in state.meter.averages(over_ranks=True).items()},
@@ -854,8 +930,8 @@ def main(args):
             "seconds": seconds,
             "images_per_second": (num_steps - start_step) * args.batch_size * utils.world_size() / seconds,
         }
-        if args.eval_ema:
-            test_ema = say_accuracy(evaluate(ema.module, loader_val, **scoring), "the moving average")
+        if test_ema is not None:
+            say_accuracy(test_ema, "the moving average")
             stats |= {f"test_ema_{name}": test_ema[name] for name in ("loss", "acc1", "acc5")}
         stats |= probe(epoch)
         scheduler.step(epoch, test["acc1"])
@@ -864,9 +940,18 @@ def main(args):
         log.epoch(stats)
         if folder:
             folder.save(state.to_dict(args), best=best, milestone=milestone(args, epoch))
+        utils.run_status.write("running", epoch=epoch, best_accuracy=state.best_accuracy)
     log.close()
+    utils.run_status.write("done", best_accuracy=state.best_accuracy, best_epoch=state.best_epoch)
+
+
+@record
+def run():
+    """The program. An error that is no user's is recorded for torchrun, which names the process that failed first."""
+    utils.end_with_launcher()
+    with utils.exit_codes(datasets.BadImageError):
+        main(parse_args())
 
 
 if __name__ == "__main__":
-    with utils.exit_codes():
-        main(parse_args())
+    run()

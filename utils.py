@@ -1,13 +1,18 @@
-"""User errors, flags, distributed facts, meters, the run's log, and checkpoints."""
+"""Errors and exit codes, flags, distributed facts, signals, meters, the run's log, and checkpoints."""
 
 import argparse
 import ast
 import contextlib
+import ctypes
 import datetime
+import errno
 import fcntl
+import hashlib
 import json
 import math
+import multiprocessing
 import os
+import pickletools
 import random
 import re
 import shutil
@@ -15,9 +20,11 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import zipfile
 from pathlib import Path
+from urllib.parse import urlparse
 
 import numpy as np
 import torch
@@ -37,16 +44,100 @@ class Diverged(Exception):
     """Training cannot go on. Exit code 3."""
 
 
+class Stopped(BaseException):
+    """A signal ended the run early. Exit code 128 + its number, as a shell says it."""
+
+    def __init__(self, number, where=""):
+        super().__init__(f"stopped by {signal.Signals(number).name}{where}")
+        self.number = number
+
+
 @contextlib.contextmanager
-def exit_codes():
-    """Turns UserError and Diverged into one line on stderr, said by one process, and exit codes 2 and 3."""
+def exit_codes(*user_errors):
+    """Ends the program as its errors ask: one line on stderr by one process, status.json, and the exit code.
+
+    0: done. 1: a fault of the program, which keeps its traceback, or of another process. 2: UserError. 3: Diverged.
+    128 + n: stopped by signal n.
+
+    Args:
+        user_errors: further exceptions that count as UserError.
+    """
+    code = 0
     try:
         yield
-    except (UserError, Diverged) as error:
-        if rank() == 0:
-            line = " ".join(str(error).split())
-            print(f"error: {line}", file=sys.stderr, flush=True)
-        raise SystemExit(2 if isinstance(error, UserError) else 3) from None
+    except (Stopped, KeyboardInterrupt) as stop:
+        stop = stop if isinstance(stop, Stopped) else Stopped(signal.SIGINT)
+        code = _finish(128 + stop.number, "preempted", stop)
+    except Diverged as error:
+        code = _finish(3, "diverged", error)
+    except (UserError, *user_errors) as error:
+        code = _finish(2, "failed", error)
+    except Exception as error:
+        if str(error).startswith("DataLoader"):
+            error = UserError(f"{_one_line(error)}: give fewer --num_workers, more memory or a longer --loader-timeout")
+            code = _finish(2, "failed", error)
+        elif _lost_contact(error):
+            code = _finish(1, "failed", _who_is_silent(error))
+        else:
+            run_status.write("failed", reason=_one_line(error))
+            raise
+    finally:
+        _end_loader_workers()
+    if code:
+        raise SystemExit(code)
+
+
+def _finish(code, status, error):
+    line = _one_line(error)
+    if _first_to_say():
+        print(f"{'error: ' if code < 128 else ''}{line}", file=sys.stderr, flush=True)
+    run_status.write(status, reason=line)
+    return code
+
+
+def _one_line(error):
+    text = str(error).strip() or type(error).__name__
+    if text.startswith("Caught "):  # from a loader worker: a whole traceback, whose last line is "class: message"
+        text = text.splitlines()[-1].partition(": ")[2]
+    return " ".join(text.split())
+
+
+def _store():
+    return dist.distributed_c10d._get_default_store()  # what the processes met at; there is no public name for it
+
+
+def _first_to_say() -> bool:
+    """Whether this process is the one to report an error that several may have."""
+    if dist.is_initialized():
+        with contextlib.suppress(RuntimeError):  # it went with the process that held it, the first
+            return _store().add("errors", 1) == 1
+    return rank() == 0
+
+
+def _lost_contact(error):
+    """Whether an error says that another process did not take part in a collective."""
+    words = "gloo|nccl|connection (closed|reset|refused)|broken pipe|timed out|timeout|socket|store"
+    return isinstance(error, RuntimeError) and dist.is_initialized() and re.search(words, str(error), re.I) is not None
+
+
+def _who_is_silent(error):
+    """The error again, led by the processes that do not answer. Waits, so that the launcher sees them end first."""
+    silent = "another process"
+    with contextlib.suppress(RuntimeError):
+        _store().add(f"alive {rank()}", 1)
+        time.sleep(2)
+        silent = [r for r in range(world_size()) if _store().add(f"alive {r}", 0) == 0]
+        silent = f"rank {', '.join(map(str, silent))}" if silent else "the network"
+    return UserError(f"rank {rank()} lost {silent}: {_one_line(error)}")
+
+
+def _end_loader_workers():
+    """Workers leave signals to the main process, so those that do not answer would keep it from ending."""
+    workers = [child for child in multiprocessing.active_children() if child.daemon]
+    if workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the DataLoader's handler would raise
+        for worker in workers:
+            worker.kill()
 
 
 @contextlib.contextmanager
@@ -59,10 +150,20 @@ def as_user_error(prefix, *kinds):
         raise UserError(f"{prefix}{message}") from error
 
 
+@contextlib.contextmanager
+def warn_of(kind, message):
+    """Says an error of this kind as a warning and goes on."""
+    try:
+        yield
+    except kind as error:
+        say(f"warning: {message}: {error}")
+
+
 def say(*words):
-    """Prints on the first process only, at once."""
+    """Prints on the first process only, at once; a full disk or a closed pipe costs the line and not the run."""
     if rank() == 0:
-        print(*words, flush=True)
+        with contextlib.suppress(OSError):
+            print(*words, flush=True)
 
 
 # Flags
@@ -82,9 +183,7 @@ def number(kind, low, high=math.inf, *, ends=True):
     """An argparse type: an int or float inside [low, high], or inside (low, high) without `ends`; never nan."""
     brackets = "[]" if ends and math.isfinite(high) else "[)" if ends else "()"
     name = "a whole number" if kind is int else "a number"
-    expected = (
-        f"{name} in {brackets[0]}{low:g}, {high:g}{brackets[1]}" if (low, high) != (-math.inf, math.inf) else name
-    )
+    expected = f"{name} in {brackets[0]}{low:g}, {high:g}{brackets[1]}"
 
     def parse(text):
         try:
@@ -129,34 +228,118 @@ def check_device(name):
 
 def rank() -> int:
     """This process's number, from the process group or, before there is one, from the launcher's environment."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+    if dist.is_initialized():
+        return dist.get_rank()
+    number = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    return int(number) if number.isdecimal() else 0
 
 
 def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def init_distributed(device, dist_url="env://", timeout=1800.0):
+def launched_as(expected=None):
+    """(rank, number of processes) as the launcher's environment has them, (0, 1) where there is none.
+
+    Args:
+        expected: the number of processes that the user expects, or None.
+
+    Raises:
+        UserError: the variables contradict each other or `expected`, or SLURM started several tasks without them.
+    """
+    env = os.environ
+    found = [name for name in ("RANK", "WORLD_SIZE") if name in env]
+    if not found and env.get("SLURM_NTASKS", "1") != "1" and "SLURM_PROCID" in env:
+        raise UserError(
+            f"SLURM has {env['SLURM_NTASKS']} tasks here, but RANK and WORLD_SIZE are not set: call "
+            "`srun python -m torch.distributed.run` with one task a node, as recipes/one_node.slurm does, or unset "
+            "SLURM_NTASKS for a single process"
+        )
+    if len(found) == 1:
+        raise UserError(
+            f"{found[0]} is set without its partner (RANK, WORLD_SIZE): start with python -m torch.distributed.run, "
+            f"or unset {found[0]}"
+        )
+    number, size = env.get("RANK", "0"), env.get("WORLD_SIZE", "1")
+    if not (number.isdecimal() and size.isdecimal() and int(number) < int(size)):
+        raise UserError(f"RANK={number} and WORLD_SIZE={size} contradict each other: expected 0 <= RANK < WORLD_SIZE")
+    if expected not in (None, int(size)):
+        raise UserError(
+            f"--world_size {expected} was expected, but there are {size} processes: start with "
+            f"python -m torch.distributed.run --nproc_per_node={expected}, or leave --world_size out"
+        )
+    return int(number), int(size)
+
+
+def init_distributed(device, dist_url="env://", timeout=1800.0, expected=None):
     """Joins the process group of the launcher where there is one, and returns this process's torch.device.
 
     Args:
         device: "cuda", "cuda:1", "cpu" ...; a plain "cuda" becomes the GPU of LOCAL_RANK.
         dist_url: rendezvous address for torch.distributed.
         timeout: seconds after which a collective that a process does not join ends the job.
+        expected: number of processes that the user expects, or None.
+
+    Raises:
+        UserError: the launcher's variables contradict each other, or it has gone.
     """
+    number, size = launched_as(expected)
     device = torch.device(device)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index)
+        index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise UserError(f"process {index} of this machine has no GPU: it has {torch.cuda.device_count()}")
+        device = torch.device("cuda", index)
         torch.cuda.set_device(device)
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if "RANK" not in os.environ:
+        return device
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # then the launcher listens before it starts us
+        with as_user_error("the launcher has gone: ", OSError):
+            address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            socket.create_connection(address, timeout=60).close()
+    with as_user_error("the processes cannot meet: ", ValueError):  # no MASTER_ADDR, for example
         dist.init_process_group(
             backend="nccl" if device.type == "cuda" else "gloo",
             init_method=dist_url,
-            rank=int(os.environ["RANK"]),
-            world_size=int(os.environ["WORLD_SIZE"]),
+            rank=number,
+            world_size=size,
             timeout=datetime.timedelta(seconds=timeout),
         )
     return device
+
+
+def end_with_launcher(grace=4.0):
+    """Under torchrun, ends this process within 5 seconds of the launcher's end, which by itself leaves workers behind.
+
+    They are sent SIGTERM, so that a step boundary within `grace` seconds still saves.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    launcher = os.getppid()
+    _at_parents_end(signal.SIGTERM)
+
+    def watch():
+        while os.getppid() == launcher:
+            time.sleep(0.5)
+        time.sleep(grace)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def begin_loader_worker(_):
+    """For a DataLoader: its workers end with their process, and leave to it what to do about signals."""
+    for number in STOP_SIGNALS:  # torchrun sends them to the whole process group
+        signal.signal(number, signal.SIG_IGN)
+    _at_parents_end(signal.SIGKILL)
+    if os.getppid() != multiprocessing.parent_process().pid:  # it ended before the kernel knew
+        os._exit(1)
+
+
+def _at_parents_end(number):
+    """Asks the kernel for a signal when the parent ends, however that happens (prctl's PR_SET_PDEATHSIG, Linux)."""
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).prctl(1, int(number))
 
 
 def sum_over_ranks(tensor):
@@ -171,44 +354,62 @@ def gather_objects(value) -> list:
     if not dist.is_initialized():
         return [value]
     values = [None] * world_size()
-    dist.all_gather_object(values, value)
+    with torch.inference_mode(False):  # whose tensors torch 2.4 cannot gather into
+        dist.all_gather_object(values, value)
     return values
 
 
 @contextlib.contextmanager
 def main_first():
-    """Lets the first process run the body before the others: it downloads, they find the files."""
-    if dist.is_initialized() and rank() != 0:
-        dist.barrier()
+    """Lets the first process run the body before the others: it downloads, they find the files.
+
+    Raises:
+        UserError: on all processes, where it was raised on the first.
+    """
+    if rank() != 0:
+        error = gather_objects(None)[0]
+        if error is not None:
+            raise UserError(error)
+        yield
+        return
     try:
         yield
-    finally:
-        if dist.is_initialized() and rank() == 0:
-            dist.barrier()
+    except UserError as error:
+        gather_objects(str(error))
+        raise
+    gather_objects(None)
 
 
 class StopRequest:
-    """Notes signals that ask the job to stop; the processes agree on it between steps.
+    """Notes the signals that ask the run to stop; the processes agree on it between steps.
 
-    The handler only sets a flag. Calling the object is a collective: true on all processes once one was asked.
+    Before `between_steps` is called there is nothing to save, and a signal raises Stopped at once. From then on the
+    handler only notes the signal's number. Calling the object is a collective: its number, or 0, on all processes.
     """
 
     def __init__(self):
-        self.asked = False
-        # NCCL has no host tensors, and a collective on the device would wait for the step.
-        self.group = dist.new_group(backend="gloo") if world_size() > 1 and dist.is_initialized() else None
+        self.number, self.stepping, self.group = 0, False, None
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 
     def _note(self, number, frame):
-        self.asked = True
+        self.number = number
+        if not self.stepping:
+            raise Stopped(number)
 
-    def __call__(self) -> bool:
+    def between_steps(self, timeout=1800.0):
+        """Begins to look at signals between steps only; all processes call it. `timeout` as in init_distributed."""
+        if dist.is_initialized():
+            # NCCL has no host tensors, and a collective on the device would wait for the step.
+            self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
+        self.stepping = True
+
+    def __call__(self) -> int:
         if self.group is not None:
-            flag = torch.tensor([int(self.asked)])
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
-            self.asked = bool(flag.item())
-        return self.asked
+            number = torch.tensor([self.number])
+            dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self.group)
+            self.number = int(number)
+        return self.number
 
 
 def seed_everything(seed: int):
@@ -246,15 +447,24 @@ class Meter:
         count, *sums = totals
         return {name: total / count if count else math.nan for name, total in zip(self.sums, sums, strict=True)}
 
-    def state_dict(self):
-        return {"sums": dict(self.sums), "count": self.count}
+    def state_dict(self) -> list[dict]:
+        """The sums of each process; all must call it."""
+        return gather_objects({"sums": dict(self.sums), "count": self.count})
 
-    def load_state_dict(self, state):
-        self.sums, self.count = dict(state["sums"]), state["count"]
+    def load_state_dict(self, states):
+        """Takes this process's sums, or all on the first process where their number has changed."""
+        if len(states) == world_size():
+            states = [states[rank()]]
+        elif rank() != 0:
+            states = []
+        self.count = sum(state["count"] for state in states)
+        self.sums = {name: sum(state["sums"][name] for state in states) for name in self.sums}
 
 
 class RunLog:
     """log.txt (one JSON object a line, an epoch a line), args.json and TensorBoard scalars; the first process writes.
+
+    A full disk costs a warning; lines of log.txt that it kept out follow with the next one.
 
     Args:
         folder: output folder; empty or None to write nothing.
@@ -263,27 +473,51 @@ class RunLog:
     """
 
     def __init__(self, folder, arguments, start_epoch=0):
-        self.path, self.writer = None, None
-        if not folder or rank() != 0:
+        self.folder = Path(folder) if folder and rank() == 0 else None
+        self.start_epoch, self.writer, self.pending = start_epoch, None, b""
+        if self.folder is None:
             return
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed by one process only
-
-        self.path = Path(folder) / "log.txt"
-        if self.path.exists():
-            lines = [line for line in self.path.read_text().splitlines() if _epoch_of(line) < start_epoch]
-            write_atomically(self.path, lambda file: file.write("".join(line + "\n" for line in lines).encode()))
-        self.writer = SummaryWriter(str(folder), purge_step=start_epoch or None)
-        arguments = json.dumps(arguments, indent=1)
-        write_atomically(Path(folder) / "args.json", lambda file: file.write(arguments.encode()))
+        self.path = self.folder / "log.txt"
+        arguments = json.dumps(arguments, indent=1).encode()
+        with warn_of(OSError, "args.json not written"):
+            write_atomically(self.folder / "args.json", lambda file: file.write(arguments))
+        with as_user_error(f"{self.path} cannot be written: ", OSError):
+            if self.path.exists():
+                lines = [line for line in self.path.read_text().splitlines() if _epoch_of(line) < start_epoch]
+                kept = "".join(line + "\n" for line in lines).encode()
+                write_atomically(self.path, lambda file: file.write(kept))
 
     def epoch(self, stats: dict):
         """Appends a line to log.txt, and each number and list of numbers in it to TensorBoard over epochs."""
-        if self.path is None:
+        if self.folder is None:
             return
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(stats) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self.pending += json.dumps(stats).encode() + b"\n"
+        with warn_of(OSError, "log.txt not written; its line follows with the next"):
+            self._append()
+        try:
+            self._scalars(stats)
+        except OSError as error:
+            say(f"warning: TensorBoard's events not written: {error}")
+            self.writer = None  # its thread has ended; the next epoch begins a new file
+
+    def _append(self):
+        with open(self.path, "ab", buffering=0) as file:
+            whole = file.tell()
+            try:
+                if file.write(self.pending) < len(self.pending):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(whole)
+                raise
+        self.pending = b""
+
+    def _scalars(self, stats):
+        if self.writer is None:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed by one process only
+
+            self.writer = SummaryWriter(str(self.folder), purge_step=self.start_epoch or None)
+            self.start_epoch = 0  # only what an earlier run wrote is to be purged
         for name, value in stats.items():
             if isinstance(value, list):  # a curve over blocks
                 for i, level in enumerate(value):
@@ -294,7 +528,8 @@ class RunLog:
 
     def close(self):
         if self.writer is not None:
-            self.writer.close()
+            with warn_of(OSError, "TensorBoard's events not written"):
+                self.writer.close()
 
 
 def _epoch_of(line):
@@ -310,12 +545,13 @@ _UMASK = os.umask(0)
 os.umask(_UMASK)
 
 
-def write_atomically(path, write):
+def write_atomically(path, write, previous=None):
     """Writes a file so that a kill at any moment leaves either the old one or the new one, whole and on disk.
 
     Args:
         path: the file.
         write: called with a binary file object.
+        previous: second name under which the file's present content goes on, or None.
     """
     path = Path(path)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -325,6 +561,8 @@ def write_atomically(path, write):
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            keep_copy(path, previous)
         os.replace(name, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -344,35 +582,56 @@ def _sync_folder(folder):
 def keep_copy(path, copy):
     """Gives a file that is never written in place a second name, atomically; a copy where links are not possible."""
     path, copy = Path(path), Path(copy)
-    temporary = copy.with_name(f".{copy.name}.{os.getpid()}.tmp")
+    temporary = copy.with_name(f".{copy.name}.link.tmp")
     temporary.unlink(missing_ok=True)
     try:
         os.link(path, temporary)
     except OSError:
-        shutil.copyfile(path, temporary)
-    os.replace(temporary, copy)
+        with open(path, "rb") as source:
+            write_atomically(copy, lambda file: shutil.copyfileobj(source, file))
+    else:
+        os.replace(temporary, copy)
+        temporary.unlink(missing_ok=True)  # renaming one name of a file to another of its names does nothing
 
 
 class FolderLock:
     """Holds an output folder for one run. The lock goes with the process, however it ends.
 
+    It is a POSIX record lock: network file systems know it, and children do not inherit it, so that a loader worker
+    that outlives its process for a moment does not keep the next run out.
+
+    Args:
+        folder: the output folder.
+        wait: seconds to wait for a run that is ending.
+
     Raises:
         UserError: another run holds it.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, wait=5.0):
         self.file = open(Path(folder) / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 open as long as the run
+        deadline = time.monotonic() + wait
+        while not self._take(folder):
+            if time.monotonic() > deadline:
+                self.file.seek(0)
+                holder = self.file.read().strip() or "another run"
+                raise UserError(
+                    f"--output_dir {folder} is in use by {holder}: wait for it to end, or give another folder"
+                )
+            time.sleep(0.2)
+        with contextlib.suppress(OSError):  # a full disk
+            self.file.truncate(0)
+            self.file.write(f"pid {os.getpid()} on {socket.gethostname()}")
+            self.file.flush()
+
+    def _take(self, folder):
         try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.file.seek(0)
-            holder = self.file.read().strip() or "another run"
-            raise UserError(
-                f"--output_dir {folder} is in use by {holder}: wait for it, or give another folder"
-            ) from None
-        self.file.truncate(0)
-        self.file.write(f"pid {os.getpid()} on {socket.gethostname()}")
-        self.file.flush()
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                return False
+            say(f"warning: the file system of {folder} has no locks ({error}): take care that no other run uses it")
+        return True
 
 
 def open_output_folder(path):
@@ -384,6 +643,8 @@ def open_output_folder(path):
         with as_user_error(f"--output_dir {path} cannot be written: ", OSError):
             folder.folder.mkdir(parents=True, exist_ok=True)
             folder.lock = FolderLock(path)
+            for leftover in folder.folder.glob(".*.tmp"):  # of a run that was killed while it wrote
+                leftover.unlink()
     return folder
 
 
@@ -399,47 +660,85 @@ class CheckpointFolder:
     def __init__(self, folder):
         self.folder = Path(folder)
         self.failures = 0
+        self.latest_damaged = False
 
-    def save(self, state: dict, *, best=False, milestone=None):
-        """Writes the state as the latest checkpoint.
+    def files(self) -> list[Path]:
+        """The checkpoints in the folder: the latest, the one before it, then the others, newest first."""
+        first = [self.folder / name for name in (self.LATEST, self.PREVIOUS)]
+        others = [self.folder / self.BEST, *self.folder.glob("checkpoint_????.pth")]
+        others = sorted((path for path in others if path.exists()), key=lambda path: path.stat().st_mtime, reverse=True)
+        return [path for path in first if path.exists()] + others
+
+    def clear(self):
+        """Deletes the checkpoints and TensorBoard's events of an earlier run, whose lines RunLog drops."""
+        if rank() == 0:
+            for path in (*self.files(), *self.folder.glob("events.out.tfevents.*")):
+                path.unlink()
+
+    def save(self, state: dict, *, best=False, milestone=None) -> bool:
+        """Writes the state as the latest checkpoint; returns whether that went well, the same on all processes.
 
         Raises:
+            Diverged: on all processes, when a tensor of the state is not finite; nothing is written then.
             UserError: on all processes, when writing failed for the third time in a row.
         """
+        bad = None
         if rank() == 0:
-            try:
-                self._write(state, best, milestone)
-                self.failures = 0
-            except OSError as error:
-                self.failures += 1
-                say(f"warning: checkpoint not written ({error}); the previous one is kept")
-        if max(gather_objects(self.failures)) >= self.MAX_FAILURES:
+            bad = name_not_finite(state)
+            self.failures += 1
+            if bad is None:
+                with warn_of(OSError, "checkpoint not written; the previous one is kept"):
+                    self._write(state, best, milestone)
+                    self.failures = 0
+        bad, self.failures = gather_objects((bad, self.failures))[0]
+        if bad is not None:
+            raise Diverged(f"{bad} is not finite: not saved, the checkpoint before is kept")
+        if self.failures >= self.MAX_FAILURES:
             raise UserError(
                 f"{self.MAX_FAILURES} checkpoints in a row could not be written to {self.folder}: free space"
             )
+        return self.failures == 0
 
     def _write(self, state, best, milestone):
         latest = self.folder / self.LATEST
-        if latest.exists():
-            keep_copy(latest, self.folder / self.PREVIOUS)
-        write_atomically(latest, lambda file: torch.save(state, file))
+        previous = None if self.latest_damaged else self.folder / self.PREVIOUS
+        write_atomically(latest, lambda file: _save(state, file), previous)
+        self.latest_damaged = False
         if best:
             keep_copy(latest, self.folder / self.BEST)
         if milestone is not None:
             keep_copy(latest, self.folder / f"checkpoint_{milestone:04d}.pth")
+        _sync_folder(self.folder)
 
     def load_newest(self):
         """(path, checkpoint) of the newest file that is whole, or (None, None) where there is none at all.
 
+        The first process chooses, so that all go on from the same one.
+
         Raises:
             UserError: there are files, and all are damaged.
         """
-        paths = [self.folder / name for name in (self.LATEST, self.PREVIOUS) if (self.folder / name).exists()]
+        path, checkpoint, error = None, None, None
+        if rank() == 0:
+            try:
+                path, checkpoint = self._newest()
+            except UserError as damaged:
+                error = str(damaged)
+        path, error = gather_objects((path, error))[0]
+        if error is not None:
+            raise UserError(error)
+        if path is not None and rank() != 0:
+            checkpoint = load_checkpoint(path)
+        return path, checkpoint
+
+    def _newest(self):
+        paths = self.files()
         for path in paths:
             try:
                 return path, load_checkpoint(path)
             except UserError as error:
-                say(f"warning: {error}")
+                say(f"warning: {error}; trying the one before")
+                self.latest_damaged |= path.name == self.LATEST
         if paths:
             raise UserError(
                 f"every checkpoint in {self.folder} is damaged: restore one, or use --overwrite to start anew"
@@ -447,24 +746,58 @@ class CheckpointFolder:
         return None, None
 
 
+def _save(state, file):
+    try:
+        torch.save(state, file)
+    except RuntimeError as error:  # what torch makes of an OSError while it closes the archive
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+
+
+def name_not_finite(state, name="checkpoint"):
+    """The name of a tensor in nested dicts and lists that holds a number that is not finite, or None."""
+    if torch.is_tensor(state):
+        return name if state.is_floating_point() and not state.isfinite().all() else None
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, (list, tuple)) else ()
+    return next((found for key, value in items if (found := name_not_finite(value, f"{name} {key}"))), None)
+
+
+class RunStatus:
+    """status.json, for scripts that requeue jobs: running, preempted, done, diverged or failed, and details.
+
+    Only the first process writes, and only once `begin` was called: a start that was refused leaves the file of the
+    run that it ran into. A process killed outright leaves "running".
+    """
+
+    folder = None
+
+    def begin(self, folder, **facts):
+        self.folder = Path(folder) if folder else None
+        self.write("running", **facts)
+
+    def write(self, status, **facts):
+        if self.folder is None or rank() != 0:
+            return
+        facts = {"status": status, **facts, "pid": os.getpid(), "host": socket.gethostname()}
+        facts["time"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        with warn_of(OSError, "status.json not written"):
+            write_atomically(self.folder / "status.json", lambda file: file.write(json.dumps(facts).encode()))
+
+
+run_status = RunStatus()
+
+
 def load_checkpoint(path) -> dict:
     """Reads a checkpoint or weights file (ours, DeiT's, the original's, a bare state dict, safetensors) or a URL.
 
     Every byte is checked against the archive's checksums, which torch.load does not do. Nothing but tensors and plain
-    types is unpickled; an argparse.Namespace, which DeiT's files hold, is let through.
+    types is unpickled; an argparse.Namespace, which DeiT's files hold, is let through. A URL whose name carries a hash
+    (name-0123abcd.pth) is checked against it. All processes must call this for a URL.
 
     Raises:
         UserError: the file is missing, damaged, or asks for any other class.
     """
     if str(path).startswith(("https://", "http://")):
-        with as_user_error(f"cannot load {path}: ", Exception):
-            torch.serialization.add_safe_globals([argparse.Namespace])
-            return torch.hub.load_state_dict_from_url(
-                str(path),
-                map_location="cpu",
-                check_hash=bool(re.search(r"-[0-9a-f]{8,}\.", str(path))),
-                weights_only=True,
-            )
+        path = _download(str(path))
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} is not a file: give a checkpoint")
@@ -476,14 +809,45 @@ def load_checkpoint(path) -> dict:
     _verify_archive(path)
     torch.serialization.add_safe_globals([argparse.Namespace])
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        found = re.search(r"(?:GLOBAL|global:?)\s+`?([\w.]+)", str(error))
-        if found and "Unsupported" in str(error):
-            raise UserError(
-                f"{path} asks for the class {found[1]} and was refused: save tensors and plain types"
-            ) from None
-        raise UserError(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0]}") from None
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        found = found[1] if found else _first_global(path)
+        if found:
+            raise UserError(f"{path} asks for {found} and was refused: save tensors and plain types") from None
+        raise UserError(f"{path} is damaged or no checkpoint: {str(error).strip().splitlines()[0]}") from None
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint: expected a dict")
+    return checkpoint
+
+
+def _download(url):
+    """The path of the file of a URL in torch.hub's cache."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
+    with main_first(), as_user_error(f"cannot download {url}: ", Exception):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            torch.hub.download_url_to_file(url, str(path), progress=False)
+        wanted = re.search(r"-([0-9a-f]{8,})\.", path.name)
+        if wanted:
+            found = hashlib.sha256(path.read_bytes()).hexdigest()
+            if not found.startswith(wanted[1]):
+                raise ValueError(f"{path} has the hash {found[:8]}, not {wanted[1]}: delete it")
+    return path
+
+
+def _first_global(path):
+    """The first class or function that a plain pickle asks for, or None; read without running it."""
+    strings = []
+    with open(path, "rb") as file, contextlib.suppress(Exception):
+        for opcode, argument, _ in pickletools.genops(file):
+            if opcode.name == "GLOBAL":
+                return argument.replace(" ", ".")
+            if opcode.name == "STACK_GLOBAL":
+                return ".".join(strings[-2:])
+            if isinstance(argument, str):
+                strings.append(argument)
+    return None
 
 
 def _verify_archive(path):
@@ -493,7 +857,7 @@ def _verify_archive(path):
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, OSError, NotImplementedError, EOFError) as error:
+    except Exception as error:  # any byte may be damaged, so any may come
         raise UserError(f"{path} is damaged: {error}") from None
     if damaged:
         raise UserError(f"{path} is damaged: bad checksum in {damaged}")
@@ -515,10 +879,3 @@ def extract_weights(checkpoint: dict, *, ema=False) -> dict:
     if not weights or not all(torch.is_tensor(value) for value in weights.values()):
         raise UserError("the file holds no weights: expected a state dict, or one under 'model'")
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in weights.items()}
-
-
-def write_status(folder, status, **facts):
-    """Writes status.json (running, preempted, done, diverged, failed) for scripts that requeue jobs."""
-    if rank() == 0 and folder:
-        facts = {"status": status, **facts, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        write_atomically(Path(folder) / "status.json", lambda file: file.write(json.dumps(facts).encode()))

@@ -1,0 +1,273 @@
+"""Runs of main.py as processes of their own, whose faults the tests provoke.
+
+`fork` starts a run in a tenth of a second: a server process has imported everything, and each run is a fork of it that
+executes main.py as `python main.py` would. `torchrun` starts the real launcher, which takes seconds.
+"""
+
+import atexit
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+class Run:
+    """A process that executes main.py. Its output is in `text`."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+
+    @property
+    def text(self):
+        return (self.folder / "output").read_text(errors="replace")
+
+    @property
+    def pid(self):
+        return int(until(lambda: (self.folder / "pid").exists() and (self.folder / "pid").read_text()))
+
+    def send(self, number):
+        os.kill(self.pid, number)
+
+    def says(self, words, timeout=60):
+        """Waits for words in the output."""
+        until(lambda: words in self.text or (self.code(0) is not None and words in self.text), timeout, self)
+        return self
+
+    def code(self, timeout=90):
+        """The exit code, negative for a signal; None where it still runs after `timeout` seconds."""
+        path = self.folder / "code"
+        try:
+            return int(until(lambda: path.exists() and path.read_text(), timeout))
+        except TimeoutError:
+            return None
+
+
+class LauncherRun(Run):
+    """A run under torch.distributed.run; `pid` is the launcher's."""
+
+    def __init__(self, folder, process):
+        super().__init__(folder)
+        self.process = process
+
+    @property
+    def pid(self):
+        return self.process.pid
+
+    def code(self, timeout=90):
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def workers(self):
+        """Process ids by rank."""
+        return {environment(pid)["RANK"]: pid for pid in descendants(self.pid) if "main.py" in command(pid)}
+
+
+def until(condition, timeout=60, run=None):
+    """Waits until condition() is true, and returns what it gave."""
+    deadline = time.monotonic() + timeout
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{condition} after {timeout} s; the run said: {run and run.text}")
+        time.sleep(0.01)
+    return value
+
+
+def fork(*flags, ranks=1, before="", env=None):
+    """Starts main.py in `ranks` processes that find each other as under a launcher.
+
+    Args:
+        flags: of main.py.
+        before: Python statements to execute first: a fault to come.
+        env: further environment variables.
+
+    Returns:
+        A Run, or a list of them where there are several ranks.
+    """
+    launcher = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+    runs = []
+    for rank in range(ranks):
+        folder = tempfile.mkdtemp(dir=server.home)
+        variables = {**(launcher | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}), **(env or {})}
+        server.order({"folder": folder, "flags": [str(flag) for flag in flags], "before": before, "env": variables})
+        runs.append(Run(folder))
+    return runs if ranks > 1 else runs[0]
+
+
+def codes(runs, timeout=90):
+    return [run.code(timeout) for run in runs]
+
+
+def torchrun(*flags, ranks=2, launcher=(), env=None):
+    """Starts main.py under torch.distributed.run, whose own flags are `launcher`."""
+    folder = Path(tempfile.mkdtemp(dir=server.home))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *launcher]
+    with open(folder / "output", "w") as output:
+        process = subprocess.Popen(
+            [*command, str(ROOT / "main.py"), *map(str, flags)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}),
+        )
+    return LauncherRun(folder, process)
+
+
+def strike(number, *, step, training=True, rank=None):
+    """Statements for `fork`'s `before`: the process sends itself a signal in the student's step-th forward from now.
+
+    Args:
+        step: from 0 on, counted over all training (or evaluation) batches that this process sees.
+        training: count training batches; otherwise those of evaluation, the check of the input size (one) among them.
+        rank: only on this one, or None for all.
+    """
+    return f"""
+import os, torch
+seen = 0
+def count(module, args):
+    global seen
+    if type(module).__name__ == "VisionTransformer" and module.training == {training}:
+        if seen == {step}:
+            os.kill(os.getpid(), {int(number)})
+        seen += 1
+if os.environ.get("RANK", "0") in {[str(rank)] if rank is not None else ["0", "1"]}:
+    torch.nn.modules.module.register_module_forward_pre_hook(count)
+"""
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def command(pid):
+    return _proc(pid, "cmdline").replace("\0", " ")
+
+
+def environment(pid):
+    return dict(pair.split("=", 1) for pair in _proc(pid, "environ").split("\0") if "=" in pair)
+
+
+def _proc(pid, name):
+    try:
+        return Path(f"/proc/{pid}/{name}").read_text()
+    except OSError:
+        return ""
+
+
+def descendants(pid):
+    """All processes below a process."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if fields[0] != "Z":
+            parents[int(path.parent.name)] = int(fields[1])
+    found = [pid]
+    for parent in found:
+        found += [child for child, its in parents.items() if its == parent]
+    return found[1:]
+
+
+def alive(pid):
+    return _proc(pid, "stat").rpartition(")")[2].split()[:1] not in ([], ["Z"])
+
+
+class Server:
+    """Forks runs of main.py; started with the first order, ended with the tests."""
+
+    def __init__(self):
+        self.process = None
+
+    @property
+    def home(self):
+        if self.process is None:
+            self.directory = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+            self.process = subprocess.Popen(
+                [sys.executable, __file__],
+                stdin=subprocess.PIPE,
+                text=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            )
+            atexit.register(self.close)
+        return self.directory.name
+
+    def order(self, job):
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+        self.directory.cleanup()
+
+
+server = Server()
+
+
+def serve():
+    """The server: reads orders, a line each, and forks; each fork forks once more, to note the exit code."""
+    import main  # noqa: F401 the slow part
+
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the watchers
+    for line in sys.stdin:
+        if os.fork() == 0:
+            watch(json.loads(line))
+            os._exit(0)
+
+
+def watch(job):
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    folder = Path(job["folder"])
+    output = os.open(folder / "output", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    pid = os.fork()
+    if pid == 0:
+        become(job)
+    note(folder / "pid", pid)
+    note(folder / "code", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+
+
+def note(path, number):
+    path.with_suffix(".new").write_text(str(number))
+    path.with_suffix(".new").rename(path)
+
+
+def become(job):
+    """Executes main.py, in this process."""
+    os.setsid()
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ.update(job["env"])
+    sys.argv = [str(ROOT / "main.py"), *job["flags"]]
+    code = 0
+    try:
+        exec(job["before"], {})
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        code = 1
+    import multiprocessing.util
+
+    multiprocessing.util._exit_function()  # what a Python process does before it ends
+    sys.stdout.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    serve()
