@@ -714,11 +714,11 @@ def find_resume(args, folder):
     if folder is not None and args.overwrite:
         folder.clear()
     if checkpoint is not None and folder is not None:
-        check_world_size(args, checkpoint)
+        match_world_size(args, checkpoint)
     return checkpoint
 
 
-def check_world_size(args, checkpoint):
+def match_world_size(args, checkpoint):
     before, now = checkpoint.get("world_size", utils.world_size()), utils.world_size()
     if before == now:
         return
