@@ -13,7 +13,7 @@ run() {  # run NAME FLAGS...: two processes; prints the progress once an epoch
     python -m torch.distributed.run --standalone --nproc_per_node=2 main.py --output_dir "$out/$1" --overwrite \
         --data-set GRATINGS --gratings-sizes 6000 1500 --input-size 32 --aa none \
         --batch-size 50 --lr 0.01 --warmup-epochs 1 --model-ema-decay 0.99 \
-        --num_workers 0 --device cpu "${@:2}" 2>&1 | tee "$out/$1/console.txt" | grep -E "^Max accuracy|[Ee]rror"
+        --num_workers 0 --device cpu "${@:2}" 2>&1 | tee "$out/$1/console.txt" | grep --line-buffered -E "^Max accuracy|[Ee]rror"
 }
 
 # RandAugment and DeiT's crops would turn and stretch the gratings into other classes: only erasing, colour and shifts.
