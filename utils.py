@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 import zipfile
 from pathlib import Path
 from urllib.parse import urlparse
@@ -77,7 +78,7 @@ def exit_codes(*user_errors):
             error = UserError(f"{_one_line(error)}: give fewer --num_workers, more memory or a longer --loader-timeout")
             code = _finish(2, "failed", error)
         elif _lost_contact(error):
-            code = _finish(1, "failed", _who_is_silent(error))
+            code = _finish(1, "failed", _who_is_silent(error), alone=True)
         else:
             run_status.write("failed", reason=_one_line(error))
             raise
@@ -87,9 +88,10 @@ def exit_codes(*user_errors):
         raise SystemExit(code)
 
 
-def _finish(code, status, error):
+def _finish(code, status, error, alone=False):
+    """`alone`: say it also where the store that the processes share does not answer."""
     line = _one_line(error)
-    if _first_to_say():
+    if _ask_store(lambda store: store.add("errors", 1) == 1, alone or rank() == 0):
         print(f"{'error: ' if code < 128 else ''}{line}", file=sys.stderr, flush=True)
     run_status.write(status, reason=line)
     return code
@@ -102,16 +104,21 @@ def _one_line(error):
     return " ".join(text.split())
 
 
-def _store():
-    return dist.distributed_c10d._get_default_store()  # what the processes met at; there is no public name for it
+_meeting = {}  # "store": the key-value store that the processes of this start share
 
 
-def _first_to_say() -> bool:
-    """Whether this process is the one to report an error that several may have."""
-    if dist.is_initialized():
-        with contextlib.suppress(RuntimeError):  # it went with the process that held it, the first
-            return _store().add("errors", 1) == 1
-    return rank() == 0
+def _ask_store(question, otherwise):
+    """question(store); `otherwise` where there is none, or where the process that holds it does not answer."""
+    answers = [otherwise]
+
+    def ask():
+        with contextlib.suppress(KeyError, RuntimeError):
+            answers.append(question(_meeting["store"]))
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(timeout=5)
+    return answers[-1]
 
 
 def _lost_contact(error):
@@ -122,12 +129,14 @@ def _lost_contact(error):
 
 def _who_is_silent(error):
     """The error again, led by the processes that do not answer. Waits, so that the launcher sees them end first."""
-    silent = "another process"
-    with contextlib.suppress(RuntimeError):
-        _store().add(f"alive {rank()}", 1)
+
+    def silent_ranks(store):
+        store.add(f"alive {rank()}", 1)
         time.sleep(2)
-        silent = [r for r in range(world_size()) if _store().add(f"alive {r}", 0) == 0]
-        silent = f"rank {', '.join(map(str, silent))}" if silent else "the network"
+        return [r for r in range(world_size()) if store.add(f"alive {r}", 0) == 0]
+
+    silent = _ask_store(silent_ranks, [0])  # without a launcher's store the first process holds it
+    silent = f"rank {', '.join(map(str, silent))}" if silent else "the network"
     return UserError(f"rank {rank()} lost {silent}: {_one_line(error)}")
 
 
@@ -293,19 +302,43 @@ def init_distributed(device, dist_url="env://", timeout=1800.0, expected=None):
         torch.cuda.set_device(device)
     if "RANK" not in os.environ:
         return device
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # then the launcher listens before it starts us
+    elastic = "TORCHELASTIC_RUN_ID" in os.environ
+    if elastic and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it listens before it starts us
         with as_user_error("the launcher has gone: ", OSError):
             address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             socket.create_connection(address, timeout=60).close()
+    timeout = datetime.timedelta(seconds=timeout)
     with as_user_error("the processes cannot meet: ", ValueError):  # no MASTER_ADDR, for example
-        dist.init_process_group(
-            backend="nccl" if device.type == "cuda" else "gloo",
-            init_method=dist_url,
-            rank=number,
-            world_size=size,
-            timeout=datetime.timedelta(seconds=timeout),
-        )
+        store, number, size = next(dist.rendezvous(dist_url, number, size, timeout=timeout))
+    store.set_timeout(timeout)
+    _meeting["store"] = store = dist.PrefixStore(_agree_on_start(store, number, size), store) if elastic else store
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=timeout)
     return device
+
+
+def _agree_on_start(store, number, size) -> str:
+    """A name of this start that the processes agree on.
+
+    When torchrun restarts them, its store still holds the addresses of those that have gone, which torch 2.14 reads as
+    those of the new ones; and the count of restarts differs between nodes. So the first process invents a name and
+    hands it to each other one under a name that this one has invented.
+    """
+    mine = uuid.uuid4().hex
+    if number > 0:
+        store.set(f"hello {number}", mine)
+        name = store.get(f"welcome {mine}").decode()
+        store.add(f"met {name}", 1)
+        return name
+    deadline = time.monotonic() + store.timeout.total_seconds()
+    while store.add(f"met {mine}", 0) < size - 1:
+        for other in range(1, size):
+            if store.check([f"hello {other}"]):
+                store.set(f"welcome {store.get(f'hello {other}').decode()}", mine)
+        if time.monotonic() > deadline:
+            raise UserError(f"{size} processes should meet, and some did not start")
+        time.sleep(0.02)
+    return mine
 
 
 def end_with_launcher(grace=4.0):

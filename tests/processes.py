@@ -37,8 +37,16 @@ class Run:
         os.kill(self.pid, number)
 
     def says(self, words, timeout=60):
-        """Waits for words in the output."""
-        until(lambda: words in self.text or (self.code(0) is not None and words in self.text), timeout, self)
+        """Waits for words in the output, and returns the run."""
+
+        def said():
+            ended = self.code(0) is not None  # looked at first: what is said before the end is seen
+            if words in self.text:
+                return True
+            assert not ended, f"ended without saying {words}: {self.text}"
+            return False
+
+        until(said, timeout, self)
         return self
 
     def code(self, timeout=90):
@@ -77,7 +85,7 @@ def until(condition, timeout=60, run=None):
     deadline = time.monotonic() + timeout
     while not (value := condition()):
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{condition} after {timeout} s; the run said: {run and run.text}")
+            raise TimeoutError(f"waited {timeout} s in vain; the run said: {run and run.text}")
         time.sleep(0.01)
     return value
 
@@ -96,9 +104,10 @@ def fork(*flags, ranks=1, before="", env=None):
     launcher = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
     runs = []
     for rank in range(ranks):
-        folder = tempfile.mkdtemp(dir=server.home)
+        folder = Path(tempfile.mkdtemp(dir=server.home))
+        (folder / "output").touch()
         variables = {**(launcher | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}), **(env or {})}
-        server.order({"folder": folder, "flags": [str(flag) for flag in flags], "before": before, "env": variables})
+        server.order({"folder": str(folder), "flags": [*map(str, flags)], "before": before, "env": variables})
         runs.append(Run(folder))
     return runs if ranks > 1 else runs[0]
 
@@ -107,16 +116,18 @@ def codes(runs, timeout=90):
     return [run.code(timeout) for run in runs]
 
 
-def torchrun(*flags, ranks=2, launcher=(), env=None):
-    """Starts main.py under torch.distributed.run, whose own flags are `launcher`."""
+def torchrun(*flags, ranks=2, launcher=(), before=""):
+    """Starts main.py under torch.distributed.run, whose own flags are `launcher`; `before` as in `fork`."""
     folder = Path(tempfile.mkdtemp(dir=server.home))
+    workers_only = f"import os\nif 'RANK' in os.environ:\n    exec({before!r}, {{}})\n"
+    (folder / "sitecustomize.py").write_text(workers_only)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *launcher]
     with open(folder / "output", "w") as output:
         process = subprocess.Popen(
             [*command, str(ROOT / "main.py"), *map(str, flags)],
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}),
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)},
         )
     return LauncherRun(folder, process)
 

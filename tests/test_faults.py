@@ -1,11 +1,15 @@
 """What happens to a run when something breaks: each fault is provoked for real."""
 
 import json
+import os
+import re
+import signal
+import time
 
 import pytest
 import torch
 from conftest import tiny_run
-from processes import codes, fork
+from processes import alive, codes, descendants, fork, strike, torchrun, until
 from torch import nn
 
 import engine
@@ -196,3 +200,150 @@ def test_watching_for_divergence_does_not_wait_for_the_device():
         watch.note([loss[None]], loss, step)
     with pytest.raises((RuntimeError, NotImplementedError)):
         watch.check(None)
+
+
+# Signals
+
+
+def flags_of(folder, *more):
+    return tiny_run("--epochs", 2, "--batch-size", 8, "--output_dir", folder, "--resume", "auto", *more)
+
+
+@pytest.mark.parametrize("number", utils.STOP_SIGNALS, ids=lambda number: number.name)
+def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_is_saved(number, tmp_path):
+    runs = fork(*flags_of(tmp_path), ranks=2, before=strike(number, step=4 + 2, rank=1))
+    assert codes(runs) == [128 + number] * 2
+    said = [line for run in runs for line in run.text.splitlines() if "stopped" in line]
+    assert said == [f"stopped by {number.name} in epoch 1, after step 3 of 4: --resume auto goes on from here"]
+    assert (checkpoint(tmp_path)["epoch"], checkpoint(tmp_path)["step"]) == (0, 3)
+    assert status(tmp_path)["status"] == "preempted"
+
+
+def test_a_signal_in_evaluation_stops_it_and_keeps_the_epoch(tmp_path):
+    """Shards of 25 and 24 images in batches of 12 are 3 and 2 batches, and the stop comes to the shorter."""
+    flags = flags_of(tmp_path, "--gratings-sizes", 64, 49)
+    runs = fork(*flags, ranks=2, before=strike(signal.SIGTERM, step=2, training=False, rank=1))
+    assert codes(runs) == [128 + signal.SIGTERM] * 2
+    assert "in epoch 0, after step 4 of 4" in "".join(run.text for run in runs)
+    assert not (tmp_path / "log.txt").exists()
+    assert codes(fork(*flags, ranks=2)) == [0, 0]
+    assert [json.loads(line)["epoch"] for line in (tmp_path / "log.txt").read_text().splitlines()] == [0, 1]
+
+
+def test_a_signal_during_start_up_stops_at_once(tmp_path):
+    build = "import os, timm; build = timm.create_model\n"
+    build += "timm.create_model = lambda *a, **k: (os.kill(os.getpid(), 15), build(*a, **k))[1]"
+    run = fork(*flags_of(tmp_path), before=build)
+    assert run.code() == 128 + signal.SIGTERM
+    assert run.text.splitlines()[-1] == "stopped by SIGTERM"
+    assert status(tmp_path)["status"] == "preempted"
+
+
+def test_interrupting_the_whole_process_group_leaves_the_loader_workers_to_their_process(tmp_path):
+    """As Ctrl-C in a terminal does. A worker that took the signal itself would end the run with an error."""
+    run = fork(*flags_of(tmp_path, "--epochs", 50, "--num_workers", 2)).says("Epoch: [1]")
+    workers = descendants(run.pid)
+    assert len(workers) == 4  # those of training and those of evaluation
+    os.killpg(run.pid, signal.SIGINT)
+    assert run.code() == 128 + signal.SIGINT
+    assert "--resume auto goes on from here" in run.text
+    until(lambda: not any(map(alive, workers)), 5)
+
+
+def test_loader_workers_end_with_their_process_when_it_is_killed(tmp_path):
+    run = fork(*flags_of(tmp_path, "--epochs", 50, "--num_workers", 2)).says("Epoch: [1]")
+    workers = descendants(run.pid)
+    run.send(signal.SIGKILL)
+    assert run.code() == -signal.SIGKILL
+    until(lambda: not any(map(alive, workers)), 2)
+    assert fork(*flags_of(tmp_path)).code() == 0  # the lock went too
+
+
+def test_torchrun_hands_on_sigterm_and_the_next_start_goes_on(tmp_path):
+    flags = flags_of(tmp_path, "--epochs", 500, "--num_workers", 1)
+    run = torchrun(*flags).says("Epoch: [1]")
+    processes = descendants(run.pid)
+    assert len(processes) == 2 + 4
+    began = time.monotonic()
+    run.send(signal.SIGTERM)
+    assert run.code(25) not in (0, None)
+    assert time.monotonic() - began < 25
+    assert status(tmp_path)["status"] == "preempted"
+    until(lambda: not any(map(alive, processes)), 5)
+    done = checkpoint(tmp_path)["epoch"] + 1
+    assert codes(fork(*flags, "--epochs", done + 1, ranks=2)) == [0, 0]
+    assert status(tmp_path)["status"] == "done"
+
+
+def test_without_the_launcher_workers_end_within_five_seconds(tmp_path):
+    """Rank 1 is stopped and cannot answer at all, so rank 0 waits for it in vain."""
+    run = torchrun(*flags_of(tmp_path, "--epochs", 500, "--num_workers", 1)).says("Epoch: [1]")
+    processes = descendants(run.pid)
+    os.kill(run.workers()["1"], signal.SIGSTOP)
+    run.send(signal.SIGKILL)
+    until(lambda: not any(map(alive, processes)), 5)
+
+
+# Ranks that end, and restarts
+
+
+def test_each_restart_of_torchrun_resumes_and_ends_with_the_weights_of_a_straight_run(tmp_path):
+    first, second = (
+        f"import os\nif os.environ['TORCHELASTIC_RESTART_COUNT'] == '{count}':\n    exec({crash!r}, {{}})\n"
+        for count, crash in enumerate(
+            [strike(signal.SIGKILL, step=4 + 1, rank=1), strike(signal.SIGSEGV, step=2, rank=0)]
+        )
+    )
+    run = torchrun(*flags_of(tmp_path / "crashed"), launcher=["--max-restarts=2"], before=first + second)
+    assert run.code(120) == 0, run.text
+    assert codes(fork(*flags_of(tmp_path / "straight"), ranks=2)) == [0, 0]
+    crashed, straight = (checkpoint(tmp_path / name) for name in ("crashed", "straight"))
+    for part in ("model", "model_ema", "optimizer"):
+        torch.testing.assert_close(crashed[part], straight[part], rtol=0, atol=0)
+    assert run.text.count("--resume auto: ") == 3
+    assert status(tmp_path / "crashed")["status"] == "done"
+
+
+def raises(words, *, rank):
+    return f"""
+import os, torch
+def fail(module, args):
+    if type(module).__name__ == "VisionTransformer" and os.environ["RANK"] == "{rank}":
+        raise ValueError("{words}")
+torch.nn.modules.module.register_module_forward_pre_hook(fail)
+"""
+
+
+def test_torchrun_names_the_rank_that_raised_first_and_its_error(tmp_path):
+    run = torchrun(*flags_of(tmp_path), before=raises("the sky fell", rank=1))
+    assert run.code() not in (0, None)
+    root_cause = run.text[run.text.index("Root Cause") :]
+    assert re.search(r"rank *: 1 .*exitcode *: 1 .*ValueError: the sky fell", root_cause, re.DOTALL)
+    assert run.text.count("ValueError: the sky fell") == 2  # rank 1's own traceback and the report
+    assert status(tmp_path)["status"] in ("failed", "running")
+
+
+def test_torchrun_names_the_rank_that_was_killed(tmp_path):
+    run = torchrun(*flags_of(tmp_path), before=strike(signal.SIGKILL, step=1, rank=1))
+    assert run.code() not in (0, None)
+    root_cause = run.text[run.text.index("Root Cause") :]
+    assert re.search(r"rank *: 1 .*exitcode *: -9 ", root_cause, re.DOTALL)
+
+
+@pytest.mark.parametrize("silent", [0, 1])
+def test_a_rank_that_hangs_ends_the_others_at_the_timeout_and_is_named(silent, tmp_path):
+    """Without a launcher, which would end the stopped process after its own 30 seconds."""
+    runs = fork(*flags_of(tmp_path, "--dist-timeout", 3), ranks=2, before=strike(signal.SIGSTOP, step=1, rank=silent))
+    other = runs[1 - silent]
+    assert other.code(20) == 1
+    assert errors([other])[0].startswith(f"error: rank {1 - silent} lost rank {silent}: ")
+    assert "Traceback" not in other.text
+    runs[silent].send(signal.SIGKILL)
+    assert silent == 0 or status(tmp_path)["status"] == "failed"
+
+
+def test_workers_that_start_after_their_launcher_has_gone_end_at_once(tmp_path):
+    gone = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    runs = fork(*flags_of(tmp_path), ranks=2, env=gone)
+    assert codes(runs, 10) == [2, 2]
+    assert errors(runs) == ["error: the launcher has gone: [Errno 111] Connection refused"]
