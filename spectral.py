@@ -6,9 +6,13 @@ spectrum, N tokens a block hands on (class and distillation tokens included).
 Source: Tian, Xu, Li, Pan, "SpectralKD", arXiv 2412.19055.
 """
 
+import functools
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class FeatureHooks:
@@ -105,7 +109,7 @@ def describe_blocks(model: nn.Module) -> list[dict]:
 
 
 def align(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Brings two maps (B, C, H, W) to one shape, in float32.
+    """Brings two maps (B, C, H, W) to one shape, in float32 (float64 stays what it is).
 
     Adaptive average pooling takes the wider map to the narrower width and the finer grid to the coarser; equal
     dimensions are left alone. float32 also inside autocast, because cuFFT has half precision for powers of two only.
@@ -113,13 +117,25 @@ def align(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: the maps hold different numbers of images.
     """
+    shape = _common_shape(student, teacher)
+    return _pool(student, shape), _pool(teacher, shape)
+
+
+def _common_shape(student: Tensor, teacher: Tensor) -> tuple[int, int, int]:
     if student.shape[0] != teacher.shape[0]:
         raise ValueError(f"student and teacher maps hold {student.shape[0]} and {teacher.shape[0]} images")
-    shape = tuple(min(s, t) for s, t in zip(student.shape[1:], teacher.shape[1:], strict=True))
-    return _pool(student.float(), shape), _pool(teacher.float(), shape)
+    return tuple(min(s, t) for s, t in zip(student.shape[1:], teacher.shape[1:], strict=True))
 
 
 def _pool(x: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """Adaptive average pooling of (B, C, H, W) to `shape`, in float32 or float64."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    for dim, size in enumerate(shape, start=1):
+        window, rest = divmod(x.shape[dim], size)
+        if window > 1 and not rest:  # as a sum of slices it takes any layout as it is, and a quarter of the time
+            slices = x.unflatten(dim, (size, window)).unbind(dim + 1)
+            x = functools.reduce(torch.add, (part.to(dtype) for part in slices)) / window
+    x = x.to(dtype)
     return x if x.shape[1:] == shape else F.adaptive_avg_pool3d(x.unsqueeze(1), shape).squeeze(1)
 
 
@@ -128,7 +144,8 @@ def spectral_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     D = rfft2(student - teacher), orthonormal: the transform is linear, so one of the difference is enough. The loss is
     the mean of (Re D)^2 and (Im D)^2 over all 2 B C H K numbers. Because the orthonormal transform keeps energy, this
-    is feature MSE with weight W / 4K plus a penalty on row means.
+    is feature MSE with weight W / 4K plus a penalty on row means. `closed_spectral_loss` is the same number for a
+    fraction of the work.
 
     Args:
         student, teacher: maps (B, C, H, W) of any floating dtype; differing C, H, W are pooled by `align`.
@@ -139,6 +156,61 @@ def spectral_loss(student: Tensor, teacher: Tensor) -> Tensor:
     student, teacher = align(student, teacher)
     spectrum = torch.fft.rfft2(student - teacher, norm="ortho")
     return torch.view_as_real(spectrum).square().mean()
+
+
+def closed_spectral_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """`spectral_loss` without a transform; same arguments, result and gradient, and closer to the exact value.
+
+    The orthonormal transform keeps energy, and the half spectrum holds each mirrored pair of columns once but the
+    self-mirrored columns (0, and W / 2 where W is even) whole. Let d = student - teacher, and P d its mean over the
+    columns of the same parity, over all columns where W is odd. Then
+
+        L = (|d|^2 + |P d|^2) / (4 B C H K)      dL/dd = (d + P d) / (2 B C H K)
+
+    The maps are read where they lie, whatever their layout, and the gradient is the only further map in memory.
+    """
+    shape = _common_shape(student, teacher)
+    # A teacher without gradient is pooled piece by piece inside; whatever needs a gradient is pooled where one is kept.
+    teacher = _pool(teacher, shape) if teacher.requires_grad else teacher
+    return _ClosedForm.apply(_pool(student, shape) if student.shape[1:] != shape else student, teacher)
+
+
+class _ClosedForm(torch.autograd.Function):
+    """Value and gradient of `closed_spectral_loss` in one go; the backward pass only scales the gradient, in place."""
+
+    PIECES = 8  # a piece of the batch at a time: its temporaries are small, and stay in the cache
+
+    @staticmethod
+    def forward(ctx, student, teacher):
+        batch, *shape = student.shape
+        width = shape[-1]
+        parities = 2 - width % 2
+        columns = width // parities
+        gradient = torch.empty_like(student, dtype=torch.promote_types(student.dtype, torch.float32))
+        total = gradient.new_zeros(())
+        size = math.ceil(batch / _ClosedForm.PIECES)
+        for start in range(0, batch, size):
+            d = gradient[start : start + size]
+            d.copy_(student[start : start + size]).sub_(_pool(teacher[start : start + size], tuple(shape)))
+            # Channels last: tokens and NHWC maps lie so in memory, and sums over columns then run along channels.
+            by_parity = d.permute(0, 2, 3, 1).unflatten(2, (columns, parities))
+            mean = by_parity.sum(dim=2, keepdim=True) / columns
+            # Not a dot product or a norm, which lose digits on a CPU.
+            total += d.square().sum() + columns * mean.square().sum()
+            by_parity += mean
+        count = 4 * student.numel() // width * (width // 2 + 1)
+        ctx.gradient, ctx.scale, ctx.dtypes = gradient, 2 / count, (student.dtype, teacher.dtype)
+        return total / count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        if ctx.gradient is None:
+            raise RuntimeError("the closed form of the spectral loss can be differentiated once: its gradient is spent")
+        gradient, ctx.gradient = ctx.gradient, None
+        gradient *= grad_output * ctx.scale
+        student_dtype, teacher_dtype = ctx.dtypes
+        return gradient.to(student_dtype), -gradient.to(teacher_dtype) if ctx.needs_input_grad[1] else None
 
 
 def mse_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -152,6 +224,7 @@ def mse_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 FEATURE_LOSSES = {"spectral": spectral_loss, "mse": mse_loss}
+SPECTRAL_LOSSES = {"fft": spectral_loss, "closed": closed_spectral_loss}
 
 
 def layerwise_spectrum(maps: Tensor) -> Tensor:
