@@ -23,6 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
+import attention
 import datasets
 import losses
 import models
@@ -448,7 +449,8 @@ def build_teacher(args, num_classes, device, student):
         )
         scale, shift = std / own_std, (mean - own_mean) / own_std
     with utils.as_user_error("--t-id: ", ValueError):
-        return losses.FrozenTeacher(model.to(device), feature_ids(args)[1], scale, shift)
+        model = attention.speed_up(model).to(device)
+        return losses.FrozenTeacher(model, feature_ids(args)[1], scale, shift)
 
 
 def normalisation(model):
