@@ -28,10 +28,9 @@ class TalkingHeads(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (B, N, C) -> (B, N, C)."""
-        batch, tokens, channels = x.shape
-        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, channels // self.num_heads))
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))
         # On a CPU an image at a time, whose maps (1.2 MB for CaiT-S24 at 224 pixels) then stay in the cache.
-        pieces = qkv.split(1 if x.device.type == "cpu" else batch)
+        pieces = qkv.split(1 if x.device.type == "cpu" else len(x))
         return self.proj(torch.cat([self._attend(piece) for piece in pieces]))
 
     def _attend(self, qkv: Tensor) -> Tensor:
