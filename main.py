@@ -449,7 +449,7 @@ def build_teacher(args, num_classes, device, student):
         )
         scale, shift = std / own_std, (mean - own_mean) / own_std
     with utils.as_user_error("--t-id: ", ValueError):
-        model = attention.speed_up(model).to(device)
+        model = attention.speed_up(model.to(device))
         return losses.FrozenTeacher(model, feature_ids(args)[1], scale, shift)
 
 
