@@ -130,7 +130,7 @@ def _common_shape(student: Tensor, teacher: Tensor) -> tuple[int, int, int]:
 def _pool(x: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """Adaptive average pooling of (B, C, H, W) to `shape`, in float32 or float64."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    for dim, size in enumerate(shape, start=1):
+    for dim, size in enumerate(shape, 1):
         window, rest = divmod(x.shape[dim], size)
         if window > 1 and not rest:  # as a sum of slices it takes any layout as it is, and a quarter of the time
             slices = x.unflatten(dim, (size, window)).unbind(dim + 1)
@@ -178,7 +178,7 @@ def closed_spectral_loss(student: Tensor, teacher: Tensor) -> Tensor:
 class _ClosedForm(torch.autograd.Function):
     """Value and gradient of `closed_spectral_loss` in one go; the backward pass only scales the gradient, in place."""
 
-    PIECES = 8  # a piece of the batch at a time: its temporaries are small, and stay in the cache
+    PIECES = 8  # of the batch, one at a time: temporaries are small and stay in the cache; compiled code has none
 
     @staticmethod
     def forward(ctx, student, teacher):
@@ -188,7 +188,7 @@ class _ClosedForm(torch.autograd.Function):
         columns = width // parities
         gradient = torch.empty_like(student, dtype=torch.promote_types(student.dtype, torch.float32))
         total = gradient.new_zeros(())
-        size = math.ceil(batch / _ClosedForm.PIECES)
+        size = batch if torch.compiler.is_compiling() else math.ceil(batch / _ClosedForm.PIECES)
         for start in range(0, batch, size):
             d = gradient[start : start + size]
             d.copy_(student[start : start + size]).sub_(_pool(teacher[start : start + size], tuple(shape)))
