@@ -504,7 +504,8 @@ def build_optimizer(args, model):
     """(optimizer, scheduler, number of epochs with the cool-down)."""
     global_batch = args.batch_size * args.accum_steps * utils.world_size()
     lr = args.lr if args.unscale_lr else args.lr * global_batch / 512
-    options = {"eps": args.opt_eps, "betas": args.opt_betas}
+    # The fused kernel takes the scaler's verdict on the gradient on the device; others make every step wait for it.
+    options = {"eps": args.opt_eps, "betas": args.opt_betas, "fused": True if args.opt == "adamw" else None}
     with utils.as_user_error(f"--opt {args.opt}: ", Exception):
         optimizer = create_optimizer_v2(
             model,
@@ -665,13 +666,13 @@ class RunState:
     def _load_optimizer(self, stored):
         flags = [{k: v for k, v in group.items() if k in FLAGGED} for group in self.optimizer.param_groups]
         with utils.as_user_error("--resume: the file's optimizer does not fit: ", ValueError, KeyError):
-            self.optimizer.load_state_dict(stored)
-        for group, flag in zip(self.optimizer.param_groups, flags, strict=True):
-            group.update(flag)
+            groups = [group | flag for group, flag in zip(stored["param_groups"], flags, strict=True)]
+            self.optimizer.load_state_dict({**stored, "param_groups": groups})
 
 
 PLATEAU_STATE = {"best", "num_bad_epochs", "cooldown_counter", "last_epoch"}
-FLAGGED = ("lr", "initial_lr", "weight_decay", "betas", "eps", "momentum")  # options of an optimizer that flags set
+# Options of an optimizer that flags set, or that are a matter of speed.
+FLAGGED = ("lr", "initial_lr", "weight_decay", "betas", "eps", "momentum", "fused", "foreach")
 
 
 def new_meter():
@@ -886,7 +887,8 @@ def main(args):
     # Loop
     parallel = model
     if utils.world_size() > 1:
-        parallel = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+        device_ids = [device] if device.type == "cuda" else None
+        parallel = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     utils.say(
         f"{args.model}: {num_parameters} parameters, {num_classes} classes; {num_epochs} epochs from {state.epoch}"
