@@ -242,7 +242,7 @@ def check_args(args, given):
         raise utils.UserError("--bce-loss would take every smoothed class as present: give --smoothing 0 with it")
 
 
-SPECTRAL_FLAGS = ("s_id", "t_id", "w_fft", "distillation_beta", "feature_loss")
+SPECTRAL_FLAGS = ("s_id", "t_id", "w_fft", "distillation_beta", "feature_loss", "spectral_impl")
 UNUSED = (  # (what the flags need, whether it is there, the flags)
     (
         "--distillation-type soft, hard or fft",
@@ -250,6 +250,7 @@ UNUSED = (  # (what the flags need, whether it is there, the flags)
         ("distillation_alpha", "teacher_model", "teacher_path", "teacher_kwargs", *SPECTRAL_FLAGS),
     ),
     ("--distillation-type soft", lambda args: args.distillation_type == "soft", ("distillation_tau",)),
+    ("--feature-loss spectral", lambda args: args.feature_loss == "spectral", ("spectral_impl",)),
     ("--data-set GRATINGS", lambda args: args.data_set == "GRATINGS", ("gratings_sizes",)),
     ("--data-set INAT or INAT19", lambda args: args.data_set.startswith("INAT"), ("inat_category",)),
     ("--model-ema", lambda args: args.model_ema, ("model_ema_decay", "model_ema_force_cpu", "eval_ema")),

@@ -14,7 +14,14 @@ from pathlib import Path, PurePath
 # Arguments that leave the result alone. Every other one keeps runs apart, flags of later versions included.
 NEUTRAL = ["output_dir", "resume", "start_epoch", "overwrite", "save_every", "eval", "eval_ema", "export", "dry_run"]
 NEUTRAL += ["dist_eval", "dist_url", "dist_timeout", "device", "num_workers", "pin_mem", "loader_timeout"]
-NEUTRAL += ["skip_bad_images", "model_ema_force_cpu", "seed"]
+NEUTRAL += [
+    "spectral_impl",
+    "spectra_every",
+    "allow_world_size_change",
+    "skip_bad_images",
+    "model_ema_force_cpu",
+    "seed",
+]
 NEUTRAL += ["world_size", "batch_size", "accum_steps"]  # their product is what counts
 FEATURE = ["s_id", "t_id", "feature_loss"]
 TEACHER = ["teacher_model", "teacher_path", "teacher_kwargs", "distillation_alpha", "distillation_tau", "w_fft"]

@@ -9,19 +9,24 @@ import main
 
 # What each module may import of ours.
 MAY_IMPORT = {
-    "main": {"engine", "losses", "spectral", "datasets", "samplers", "models", "utils"},
+    "main": {"engine", "losses", "spectral", "datasets", "samplers", "models", "attention", "utils"},
     "engine": {"utils"},
     "losses": {"spectral"},
     "spectral": set(),
     "datasets": set(),
     "samplers": set(),
     "models": {"utils"},
+    "attention": set(),
     "utils": set(),
     "tables": set(),
     "analyze": {"spectral", "datasets", "samplers", "models", "utils"},
 }
 # What only some may import of others'.
-OTHERS = {"torch": set(MAY_IMPORT) - {"tables"}, "timm": {"main", "models", "datasets"}, "torchvision": {"datasets"}}
+OTHERS = {
+    "torch": set(MAY_IMPORT) - {"tables"},
+    "timm": {"main", "models", "attention", "datasets"},
+    "torchvision": {"datasets"},
+}
 
 
 def imports(module):
