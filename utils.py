@@ -239,8 +239,10 @@ def rank() -> int:
     """This process's number, from the process group or, before there is one, from the launcher's environment."""
     if dist.is_initialized():
         return dist.get_rank()
-    number = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-    return int(number) if number.isdecimal() else 0
+    try:
+        return launched_as()[0]
+    except UserError:  # the environment contradicts itself, which one task is to say
+        return int(os.environ.get("SLURM_PROCID", 0))
 
 
 def world_size() -> int:

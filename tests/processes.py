@@ -209,10 +209,14 @@ class Server:
                 [sys.executable, __file__],
                 stdin=subprocess.PIPE,
                 text=True,
-                env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+                env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **self.offline()},
             )
             atexit.register(self.close)
         return self.directory.name
+
+    def offline(self):
+        """Variables that keep hubs offline, with caches that are empty; their libraries read them when imported."""
+        return {"HF_HUB_OFFLINE": "1", "HF_HOME": self.directory.name, "TORCH_HOME": self.directory.name}
 
     def order(self, job):
         self.process.stdin.write(json.dumps(job) + "\n")

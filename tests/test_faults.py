@@ -3,12 +3,15 @@
 import json
 import os
 import re
+import shutil
 import signal
+import socket
 import time
 
 import pytest
 import torch
 from conftest import tiny_run
+from PIL import Image
 from processes import alive, codes, descendants, fork, strike, torchrun, until
 from torch import nn
 
@@ -347,3 +350,175 @@ def test_workers_that_start_after_their_launcher_has_gone_end_at_once(tmp_path):
     runs = fork(*flags_of(tmp_path), ranks=2, env=gone)
     assert codes(runs, 10) == [2, 2]
     assert errors(runs) == ["error: the launcher has gone: [Errno 111] Connection refused"]
+
+
+# The disk and the folder
+
+
+def full_disk(*, until_step=10**9):
+    """Statements for `fork`'s `before`: files cannot grow over 100 kB until the run has done so many training steps.
+
+    A checkpoint has about 600 kB, all other files have less than 10.
+    """
+    return f"""
+import resource, torch
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+steps = 0
+def free(module, args):
+    global steps
+    steps += type(module).__name__ == "VisionTransformer" and module.training
+    if steps > {until_step}:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+torch.nn.modules.module.register_module_forward_pre_hook(free)
+"""
+
+
+def test_a_full_disk_keeps_the_checkpoint_before_and_the_run_going(tmp_path):
+    assert codes(fork(*flags_of(tmp_path, "--epochs", 1), ranks=2)) == [0, 0]
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    # Epochs 1 and 2 cannot be saved, epoch 3 can.
+    runs = fork(*flags_of(tmp_path, "--epochs", 4), ranks=2, before=full_disk(until_step=2 * 4))
+    runs[0].says("Epoch: [2]")
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
+    assert codes(runs) == [0, 0]
+    warning = "warning: checkpoint not written; the previous one is kept: [Errno 27] File too large\n"
+    assert runs[0].text.count(warning) == 2
+    assert "Traceback" not in runs[0].text + runs[1].text
+    assert checkpoint(tmp_path)["epoch"] == 3
+    assert checkpoint(tmp_path, "checkpoint_previous.pth")["epoch"] == 0
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_the_third_checkpoint_in_a_row_that_cannot_be_written_stops_all_ranks(tmp_path):
+    runs = fork(*flags_of(tmp_path, "--epochs", 9), ranks=2, before=full_disk())
+    assert codes(runs) == [2, 2]
+    assert errors(runs) == [f"error: 3 checkpoints in a row could not be written to {tmp_path}: free space"]
+    assert [json.loads(line)["epoch"] for line in (tmp_path / "log.txt").read_text().splitlines()] == [0, 1, 2]
+    assert status(tmp_path)["status"] == "failed"
+
+
+def test_a_second_run_in_the_same_folder_is_refused_by_host_and_process(tmp_path):
+    first = fork(*flags_of(tmp_path, "--epochs", 500)).says("Epoch: [0]")
+    second = fork(*flags_of(tmp_path))
+    assert second.code() == 2
+    assert errors([second]) == [
+        f"error: --output_dir {tmp_path} is in use by pid {first.pid} on {socket.gethostname()}: "
+        "wait for it to end, or give another folder"
+    ]
+    assert (status(tmp_path)["status"], status(tmp_path)["pid"]) == ("running", first.pid)
+    first.send(signal.SIGKILL)
+    assert fork(*flags_of(tmp_path, "--epochs", 1)).code() == 0
+
+
+def test_a_run_that_was_killed_while_it_saved_leaves_nothing_behind(tmp_path):
+    (tmp_path / ".checkpoint.pth.abcd1234.tmp").write_bytes(b"half a checkpoint")
+    assert fork(*flags_of(tmp_path, "--epochs", 1)).code() == 0
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+# Images and loader workers
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """An IMNET folder of 2 classes x 16 images, one of which is text; and its path."""
+    root = tmp_path_factory.mktemp("images")
+    for split in ("train", "val"):
+        for name in ("ant", "bee"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(16):
+                Image.new("RGB", (40, 30), (16 * i, 90, 120)).save(root / split / name / f"{i}.jpg")
+    bad = root / "train" / "ant" / "3.jpg"
+    bad.write_text("no image")
+    return root, bad
+
+
+def imagenet_flags(root, folder, *more):
+    flags = tiny_run("--batch-size", 4, "--epochs", 1, "--no-repeated-aug", "--output_dir", folder, *more)
+    start = flags.index("--gratings-sizes")
+    return [*flags[:start], *flags[start + 3 :], "--data-set", "IMNET", "--data-path", root]
+
+
+@pytest.mark.parametrize(("workers", "ranks"), [(0, 1), (2, 1), (1, 2)])
+def test_a_file_that_is_no_image_ends_the_run_with_its_path(workers, ranks, images, tmp_path):
+    """On two ranks one of them meets it, and must not leave the other one waiting."""
+    root, bad = images
+    runs = fork(*imagenet_flags(root, tmp_path, "--num_workers", workers), ranks=ranks)
+    runs = runs if ranks > 1 else [runs]
+    assert sorted(codes(runs, 30)) == ([2] if ranks == 1 else [1, 2])
+    assert f"error: cannot read image {bad}: cannot identify image file" in "".join(run.text for run in runs)
+    assert "Traceback" not in "".join(run.text for run in runs)
+
+
+@pytest.mark.parametrize(("allowed", "code"), [(0, 2), (1, 0)])
+def test_unreadable_images_are_replaced_up_to_a_number(allowed, code, images, tmp_path):
+    root, bad = images
+    run = fork(*imagenet_flags(root, tmp_path, "--num_workers", 2, "--skip-bad-images", allowed))
+    assert run.code() == code
+    assert ("0 more allowed" in run.text) == (code == 0)
+    assert str(bad) in run.text
+
+
+def test_a_loader_worker_that_is_killed_ends_the_run_with_one_line(tmp_path):
+    """As the kernel does when memory is short."""
+    run = fork(*flags_of(tmp_path, "--epochs", 500, "--num_workers", 1)).says("Epoch: [0]")
+    os.kill(min(descendants(run.pid)), signal.SIGKILL)
+    assert run.code() == 2
+    assert re.fullmatch(
+        "error: DataLoader worker .* killed by signal: Killed.*fewer --num_workers.*", run.text.splitlines()[-1]
+    )
+    assert "Traceback" not in run.text
+
+
+def test_a_loader_worker_that_hangs_ends_the_run_at_the_timeout(images, tmp_path):
+    """It waits for an image that is a named pipe, into which nobody writes."""
+    root = shutil.copytree(images[0], tmp_path / "images")
+    os.unlink(root / "train" / "ant" / "3.jpg")
+    os.mkfifo(root / "train" / "ant" / "3.jpg")
+    run = fork(*imagenet_flags(root, tmp_path / "out", "--num_workers", 1, "--loader-timeout", 2))
+    workers = until(lambda: descendants(run.pid))
+    assert run.code(20) == 2
+    assert errors([run])[0].startswith("error: DataLoader timed out after 2.0 seconds: give fewer --num_workers")
+    assert "Traceback" not in run.text
+    until(lambda: not any(map(alive, workers)), 5)
+
+
+# How it was started
+
+
+def test_a_teacher_that_cannot_be_had_ends_all_ranks_promptly_and_names_the_way_out():
+    """The hubs are offline for all runs here, and their caches empty."""
+    runs = fork(*tiny_run("--distillation-type", "soft", "--w-fft", 0, "--teacher-model", "cait_s24_224"), ranks=2)
+    assert codes(runs, 20) == [2, 2]
+    assert len(errors(runs)) == 1
+    assert "--teacher-path" in errors(runs)[0]
+    assert "cait_s24_224" in errors(runs)[0]
+
+
+STARTS = {
+    "slurm": ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, "SLURM has 4 tasks here, but RANK .*srun python -m torch"),
+    "no world size": ({"RANK": "0"}, "RANK is set without its partner"),
+    "no rank": ({"WORLD_SIZE": "2"}, "WORLD_SIZE is set without its partner"),
+    "rank too high": ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 and WORLD_SIZE=2 contradict each other"),
+    "no number": ({"RANK": "zero", "WORLD_SIZE": "1"}, "RANK=zero and WORLD_SIZE=1 contradict each other"),
+    "no address": ({"RANK": "0", "WORLD_SIZE": "1"}, "the processes cannot meet: .*MASTER_ADDR"),
+}
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_a_launcher_that_contradicts_itself_is_refused(name):
+    env, message = STARTS[name]
+    run = fork(*tiny_run(), env=env)
+    assert run.code() == 2
+    assert re.fullmatch(f"error: .*{message}.*", run.text.strip())
+
+
+def test_another_number_of_processes_than_expected_is_refused():
+    run = fork(*tiny_run("--world_size", 4))
+    assert run.code() == 2
+    assert re.fullmatch("error: --world_size 4 was expected, but there are 1 processes: .*", run.text.strip())
+    assert fork(*tiny_run("--world_size", 1)).code() == 0
+
+
+def test_one_task_of_slurm_needs_no_launcher():
+    assert fork(*tiny_run(), env={"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}).code() == 0
