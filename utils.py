@@ -501,7 +501,7 @@ class Meter:
 class RunLog:
     """log.txt (one JSON object a line, an epoch a line), args.json and TensorBoard scalars; the first process writes.
 
-    A full disk costs a warning; lines of log.txt that it kept out follow with the next one.
+    A full disk costs a warning; what it kept out follows with the next epoch.
 
     Args:
         folder: output folder; empty or None to write nothing.
@@ -511,7 +511,7 @@ class RunLog:
 
     def __init__(self, folder, arguments, start_epoch=0):
         self.folder = Path(folder) if folder and rank() == 0 else None
-        self.start_epoch, self.writer, self.pending = start_epoch, None, b""
+        self.start_epoch, self.writer, self.pending = start_epoch, None, []
         if self.folder is None:
             return
         self.path = self.folder / "log.txt"
@@ -528,26 +528,27 @@ class RunLog:
         """Appends a line to log.txt, and each number and list of numbers in it to TensorBoard over epochs."""
         if self.folder is None:
             return
-        self.pending += json.dumps(stats).encode() + b"\n"
+        self.pending.append(stats)
         with warn_of(OSError, "log.txt not written; its line follows with the next"):
-            self._append()
-        try:
-            self._scalars(stats)
-        except OSError as error:
-            say(f"warning: TensorBoard's events not written: {error}")
-            self.writer = None  # its thread has ended; the next epoch begins a new file
+            self._append("".join(json.dumps(line) + "\n" for line in self.pending).encode())
+            try:
+                for line in self.pending:
+                    self._scalars(line)
+            except OSError as error:
+                say(f"warning: TensorBoard's events not written: {error}")
+                self.writer = None  # its thread has ended; the next epoch begins a new file
+            self.pending = []
 
-    def _append(self):
+    def _append(self, lines):
         with open(self.path, "ab", buffering=0) as file:
             whole = file.tell()
             try:
-                if file.write(self.pending) < len(self.pending):
+                if file.write(lines) < len(lines):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fsync(file.fileno())
             except OSError:
                 file.truncate(whole)
                 raise
-        self.pending = b""
 
     def _scalars(self, stats):
         if self.writer is None:
@@ -852,7 +853,8 @@ def load_checkpoint(path) -> dict:
         found = found[1] if found else _first_global(path)
         if found:
             raise UserError(f"{path} asks for {found} and was refused: save tensors and plain types") from None
-        raise UserError(f"{path} is damaged or no checkpoint: {str(error).strip().splitlines()[0]}") from None
+        message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} is damaged or no checkpoint: {message}") from None
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint: expected a dict")
     return checkpoint
