@@ -3,7 +3,6 @@
 import contextlib
 import datetime
 import itertools
-import math
 import time
 
 import torch
@@ -96,7 +95,7 @@ def train_one_epoch(
         if step != last:
             continue
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, clip_grad or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, clip_grad or torch.finfo(torch.float32).max)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -146,7 +145,8 @@ class BufferGuard:
     """Puts a model's buffers back after a skipped step: BatchNorm's statistics have seen the bad batch by then."""
 
     def __init__(self, model):
-        self.buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+        norms = [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+        self.buffers = [buffer for norm in norms for buffer in norm.buffers() if buffer.is_floating_point()]
 
     def keep(self):
         self.kept = [buffer.clone() for buffer in self.buffers]

@@ -34,6 +34,16 @@ class FrozenTeacher:
         return self.model(images), self.hooks.pop()
 
 
+def renormalisation(student, teacher, device):
+    """(scale, shift) for `FrozenTeacher` from both models' (mean, std), three floats each; Nones if they agree."""
+    if student == teacher:
+        return None, None
+    (mean, std), (own_mean, own_std) = (
+        [torch.tensor(value, device=device).view(3, 1, 1) for value in values] for values in (student, teacher)
+    )
+    return std / own_std, (mean - own_mean) / own_std
+
+
 def soft_distillation(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
     """tau^2 KL(teacher || student) of logits (B, classes) softened by tau: summed over classes, averaged over images.
 

@@ -73,7 +73,7 @@ def add_data_flags(add):
     add("--input-size", type=AT_LEAST_ONE, default=224, help="side of the input images, pixels")
     add(
         "--eval-crop-ratio",
-        type=number(float, 0, 1.0000001, ends=False),
+        type=number(float, 0.01, 1),
         default=0.875,
         help="centre crop's part of the resized image",
     )
@@ -127,10 +127,8 @@ def add_spectral_flags(add):
         choices=sorted(spectral.SPECTRAL_LOSSES),
         help="of the spectral loss: one number by two ways; closed is several times faster, fft the definition",
     )
-    add("--spectra-every", type=COUNT, default=0, metavar="E", help=SPECTRA_HELP)
-
-
-SPECTRA_HELP = "log intensity over blocks every E epochs, at the cost of one forward of 32 images each time; 0: never"
+    help_text = "log intensity over blocks every E epochs, at the cost of one forward of 32 images each time; 0: never"
+    add("--spectra-every", type=COUNT, default=0, metavar="E", help=help_text)
 
 
 def add_optimisation_flags(add):
@@ -203,7 +201,7 @@ REFUSED = {
 
 
 def parse_args(argv=None):
-    """Parses and checks the flags; `given` holds the names of those that were on the command line."""
+    """Parses the flags and checks them; a second parse without defaults tells which ones were given."""
     parser = get_args_parser()
     args = parser.parse_args(argv)
     for action in parser._actions:
@@ -238,6 +236,17 @@ def check_args(args, given):
                 raise utils.UserError(f"--{name.replace('_', '-')} has no effect without {needs}: leave it out")
     check_pairs(args)
     check_schedule(args, given)
+    if args.eval_ema and args.model_ema_force_cpu and torch.device(args.device).type != "cpu":
+        raise utils.UserError("--eval-ema scores on --device, where --model-ema-force-cpu keeps no average: give one")
+    if args.train_interpolation == "random" and (args.src or args.input_size <= datasets.SMALL_IMAGE):
+        raise utils.UserError(
+            "--train-interpolation random is of DeiT's random resized crop, which --src and small images do without: "
+            "give bicubic or bilinear"
+        )
+    if mixup_wanted(args) and args.batch_size % 2:
+        raise utils.UserError(
+            f"--mixup and --cutmix mix pairs of images: give an even --batch-size, not {args.batch_size}"
+        )
     if args.bce_loss and args.smoothing > 0:
         raise utils.UserError("--bce-loss would take every smoothed class as present: give --smoothing 0 with it")
 
@@ -406,10 +415,12 @@ def build_student(args, num_classes):
         )
     if args.finetune:
         weights = utils.extract_weights(utils.load_checkpoint(args.finetune))
-        replaced = models.load_weights(model, weights, replace_head=True)
+        replaced = models.load_weights(model, weights, replace_head=not args.eval)
         if replaced:
             utils.say(f"--finetune: the file's head has {replaced} classes, not {num_classes}; a fresh head is trained")
     if hasattr(model, "set_distilled_training"):
+        if not args.train_mode and args.distillation_type in ("soft", "hard"):
+            raise utils.UserError(f"--no-train-mode keeps the heads of {args.model} from learning apart: leave it out")
         # The distillation head takes part only where there are teacher logits to learn.
         model.set_distilled_training(args.distillation_type in ("soft", "hard"))
     if args.attn_only:
@@ -442,13 +453,7 @@ def build_teacher(args, num_classes, device, student):
         )
     if args.teacher_path:
         models.load_weights(model, utils.extract_weights(utils.load_checkpoint(args.teacher_path)))
-    (mean, std), (own_mean, own_std) = normalisation(student), normalisation(model)
-    scale, shift = None, None
-    if (mean, std) != (own_mean, own_std):
-        mean, std, own_mean, own_std = (
-            torch.tensor(v, device=device).view(3, 1, 1) for v in (mean, std, own_mean, own_std)
-        )
-        scale, shift = std / own_std, (mean - own_mean) / own_std
+    scale, shift = losses.renormalisation(normalisation(student), normalisation(model), device)
     with utils.as_user_error("--t-id: ", ValueError):
         model = attention.speed_up(model.to(device))
         return losses.FrozenTeacher(model, feature_ids(args)[1], scale, shift)
@@ -516,7 +521,6 @@ def build_optimizer(args, model):
             momentum=args.momentum,
             **{name: value for name, value in options.items() if value is not None},
         )
-    noise = args.lr_noise and [part * args.epochs for part in args.lr_noise]
     with utils.as_user_error(f"--sched {args.sched}: ", Exception):
         scheduler, num_epochs = create_scheduler_v2(
             optimizer,
@@ -529,7 +533,7 @@ def build_optimizer(args, model):
             min_lr=args.min_lr,
             warmup_lr=args.warmup_lr,
             warmup_epochs=args.warmup_epochs,
-            noise=noise if not noise or len(noise) > 1 else noise[0],
+            noise=args.lr_noise,
             noise_pct=args.lr_noise_pct,
             noise_std=args.lr_noise_std,
         )
@@ -716,7 +720,7 @@ def find_resume(args, folder):
         utils.say(f"--resume auto: {path}" if path else "--resume auto: no checkpoint yet, a fresh run")
     else:
         inside = folder is not None and Path(args.resume).resolve().parent == folder.folder.resolve()
-        if folder is not None and folder.files() and not args.overwrite and not (args.resume and inside):
+        if folder is not None and not args.overwrite and folder.files() and not (args.resume and inside):
             raise utils.UserError(
                 f"{folder.folder} holds a run: --resume auto goes on with it, --overwrite starts anew"
             )
@@ -853,7 +857,6 @@ def main(args):
     # Student, alike on all processes; its moving average is a copy made before the hooks, and both before the wrappers
     utils.seed_everything(args.seed)
     model = build_student(args, num_classes).to(device)
-    utils.seed_everything(args.seed + utils.rank())
     prepare = datasets.Prepare(*normalisation(model), args.reprob, args.remode, args.recount, device)
     scoring = {"device": device, "prepare": prepare, "amp_dtype": amp_dtype, "sharded": args.dist_eval}
     if args.eval:

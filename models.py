@@ -34,8 +34,23 @@ def build_model(name, num_classes, *, input_size=224, kwargs=None, pretrained=Fa
     """
     check_name(name)
     options = {"drop_rate": drop, "drop_path_rate": drop_path, **(kwargs or {})}
-    if timm.models.get_pretrained_cfg_value(name, "fixed_input_size"):
+    fixed_size = timm.models.get_pretrained_cfg_value(name, "fixed_input_size")
+    if fixed_size:
         options.setdefault("img_size", input_size)
+    if (
+        pretrained
+        and fixed_size
+        and options["img_size"] != timm.models.get_pretrained_cfg_value(name, "input_size")[-1]
+    ):
+        # timm itself resamples position embeddings for some families only.
+        weights = _create(name, num_classes, True, {k: v for k, v in options.items() if k != "img_size"}).state_dict()
+        model = _create(name, num_classes, False, options)
+        load_weights(model, weights)
+        return model
+    return _create(name, num_classes, pretrained, options)
+
+
+def _create(name, num_classes, pretrained, options):
     with utils.as_user_error(f"timm cannot build {name}: ", Exception):
         while True:
             try:
@@ -67,6 +82,9 @@ def load_weights(model, weights, *, replace_head=False):
         # Each family of timm names the function that brings older files and other image sizes to its own layout so.
         family_filter = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
         weights = dict(family_filter(dict(weights), model) if family_filter else weights)
+        # DeiT III's own name of the layer scale; its filter goes by a flag of timm's that only its hub files set.
+        renamed = {key: re.sub(r"\.gamma_([12])$", r".ls\1.gamma", key) for key in weights.keys() - own.keys()}
+        weights = {renamed.get(key, key): value for key, value in weights.items()}
         _resample_position_embedding(weights, own, model)
         replaced = _check_heads(weights, own, model, replace_head)
         result = model.load_state_dict(weights, strict=False)

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import timm
 import torch
-from conftest import STUDENT, distil, run_main, tiny_run
+from conftest import STUDENT, TEACHER, distil, run_main, tiny_run
 from PIL import Image
 
 import main
@@ -56,6 +56,7 @@ IMNET = "--data-set IMNET --num_workers 0 --input-size 32 --batch-size 2 --devic
 TINY = " ".join(tiny_run())
 DISTIL = " ".join(distil("{teacher}"))
 EVAL = f"{TINY} --eval"
+CAIT = f"--model cait_s24_224 --model-kwargs {' '.join(TEACHER)}"
 
 # name: (command line, what the one line must say). A model is built for none of these.
 BEFORE_A_MODEL = {
@@ -128,6 +129,12 @@ BEFORE_A_MODEL = {
     "resume and overwrite": (f"{TINY} --output_dir x --resume auto --overwrite", "--resume .* --overwrite"),
     "EMA scored, not kept": (f"{TINY} --no-model-ema --eval-ema", "--eval-ema has no effect without --model-ema"),
     "binary loss of smooth labels": (f"{TINY} --bce-loss", "give --smoothing 0"),
+    "average on the host": (
+        f"{TINY} --device cuda --eval-ema --model-ema-force-cpu",
+        "--eval-ema scores on --device|this machine has 0 GPUs",
+    ),
+    "odd batch mixed": (f"{TINY} --batch-size 15 --mixup 0.8", "give an even --batch-size, not 15"),
+    "random interpolation": (f"{TINY} --train-interpolation random", "give bicubic or bilinear"),
     "cosub": (f"{TINY} --cosub", "--cosub has no place here"),
     "resplit": (f"{TINY} --resplit", "--resplit has no place here"),
     "export without weights": (f"{TINY} --export x", "--export needs the checkpoint"),
@@ -150,6 +157,11 @@ WITH_A_MODEL = {
     "student id out of range": (f"{TINY} {DISTIL} --s-id 0 1 4", r"--s-id: block id 4 is out of range: .* ids 0..3"),
     "teacher id out of range": (f"{TINY} {DISTIL} --t-id 0 1 6", r"--t-id: block id 6 is out of range: .* ids 0..5"),
     "input size not the model's": (f"{TINY} --input-size 30", "--input-size 30 does not fit deit_tiny_patch16_224"),
+    "another head scored": (f"{EVAL} --finetune {{teacher}} {CAIT} --num-classes 30", "its head has 24 classes"),
+    "heads kept together": (
+        f"{TINY} {DISTIL} --model deit_tiny_distilled_patch16_224 --no-train-mode",
+        "--no-train-mode keeps the heads",
+    ),
     "unknown model argument": (f"{TINY} --model-kwargs dpeth=3", "timm cannot build deit_tiny_patch16_224: .*dpeth"),
     "unknown optimizer": (f"{TINY} --opt adamwww", "--opt adamwww: "),
     "unknown scheduler": (f"{TINY} --sched cosinus", "--sched cosinus: "),

@@ -120,9 +120,7 @@ def test_the_same_flags_give_the_same_weights(base, tmp_path):
     assert not differ(trained(tmp_path)["model"], base()["model"])
 
 
-@pytest.mark.parametrize(
-    "flags", ["--num_workers 2", "--no-pin-mem", "--dist-eval", "--loader-timeout 60", "--eval-ema"]
-)
+@pytest.mark.parametrize("flags", ["--num_workers 2 --loader-timeout 60", "--eval-ema", "--spectra-every 1"])
 def test_a_flag_of_the_machinery_leaves_the_weights_alone(flags, base, tmp_path):
     assert not differ(trained(tmp_path, *flags.split())["model"], base()["model"])
 
@@ -136,3 +134,9 @@ def test_the_moving_average_follows_its_decay_and_can_be_left_out(base, tmp_path
 def test_milestones_are_kept(tmp_path):
     trained(tmp_path, "--save-every", "2")
     assert [path.name for path in tmp_path.glob("checkpoint_0*")] == ["checkpoint_0001.pth"]
+
+
+def test_noise_of_the_learning_rate_begins_at_its_part_of_the_epochs():
+    args = main.parse_args(tiny_run("--epochs", "20", "--lr-noise", "0.5"))
+    _, scheduler, _ = main.build_optimizer(args, torch.nn.Linear(1, 1))
+    assert scheduler.noise_range_t == 10

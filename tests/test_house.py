@@ -1,6 +1,7 @@
 """The house rules that a machine can check: who imports whom, and that every flag is read."""
 
 import ast
+import re
 
 import pytest
 from conftest import ROOT
@@ -53,7 +54,18 @@ def test_a_module_imports_only_what_its_place_allows(module):
 
 def test_the_engine_knows_no_transform_and_no_mode():
     text = (ROOT / "engine.py").read_text()
-    assert not [word for word in ("fft", "distillation", "argparse", "args.") if word in text]
+    assert not [word for word in ("fft", "distillation", "teacher", ".pth", "argparse", "args.") if word in text]
+
+
+def test_the_readme_names_every_flag_and_files_that_there_are():
+    text = (ROOT / "README.md").read_text()
+    flags = re.findall(r"`(--[\w-]+\*?)`", text)
+    known = [action.option_strings for action in main.get_args_parser()._actions if action.dest != "help"]
+    for names in known:
+        whole = any(name in flags for name in names)
+        assert whole or any(flag.endswith("*") and names[0].startswith(flag[:-1]) for flag in flags), names
+    for name in re.findall(r"`((?:tests/)?test_\w+\.py)`", text):
+        assert (ROOT / "tests" / name.removeprefix("tests/")).exists(), name
 
 
 def test_every_flag_is_read():

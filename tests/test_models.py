@@ -189,6 +189,24 @@ def test_position_embeddings_are_resampled_to_another_image_size(name, prefix, o
 
 
 @torch.no_grad()
+def test_weights_of_the_hub_are_resampled_to_another_image_size(tmp_path):
+    source = build("cait_s24_224", input_size=224)
+    torch.save(source.state_dict(), tmp_path / "hub.pth")
+    kwargs = {**CAIT, "pretrained_cfg_overlay": {"file": str(tmp_path / "hub.pth"), "num_classes": 5}}
+    model = models.build_model("cait_s24_224", 5, input_size=64, kwargs=kwargs, pretrained=True)
+    torch.testing.assert_close(model.pos_embed, grow(source.pos_embed, 0, 4), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model.head.weight, source.head.weight, rtol=0, atol=0)
+
+
+def test_the_authors_own_names_of_the_layer_scale_of_deit3_load():
+    source, model = build("deit3_small_patch16_224"), build("deit3_small_patch16_224", seed=1)
+    weights = {re.sub(r"ls([12])\.gamma", r"gamma_\1", key): value for key, value in source.state_dict().items()}
+    assert "blocks.0.gamma_1" in weights
+    models.load_weights(model, weights)
+    assert_same_function(model, source)
+
+
+@torch.no_grad()
 def test_relative_positions_of_swin_are_resampled_to_another_window():
     source = build("swin_tiny_patch4_window7_224")
     model = build("swin_tiny_patch4_window7_224", seed=1, input_size=96, window_size=3)
