@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import utils
 from datasets import Prepare
 from engine import accumulation_group, evaluate, train_one_epoch, unwrap
+from losses import TERMS, DistillationLoss, FrozenTeacher
 from main import ConstantScaler
 from samplers import ShardSampler
 from spectral import FeatureHooks
@@ -64,7 +66,8 @@ def train(model, batches, **options):
         "should_stop": lambda: False,
         "criterion": cross_entropy,
     } | options
-    steps = train_one_epoch(model, FeatureHooks(model), options.pop("criterion"), batches, **options)
+    hooks = options.pop("hooks", None) or FeatureHooks(model)
+    steps = train_one_epoch(model, hooks, options.pop("criterion"), batches, **options)
     return steps, options["meter"]
 
 
@@ -428,6 +431,21 @@ def one_right_of_17():
     return model, TensorDataset(dataset.tensors[0], labels)
 
 
+def distil(wrap=lambda model: model, share=slice(None)):
+    """Trains a tiny DeiT under a tiny CaiT by blocks out of order; returns its weights and the terms' meter."""
+    torch.manual_seed(0)
+    kwargs = {"img_size": 32, "patch_size": 8, "num_heads": 3, "num_classes": CLASSES}
+    teacher = timm.create_model("cait_xxs24_224", embed_dim=48, depth=3, **kwargs)
+    model = timm.create_model("deit_tiny_patch16_224", embed_dim=24, depth=3, **kwargs)
+    hooks = FeatureHooks(model, [2, 0])
+    criterion = DistillationLoss(nn.CrossEntropyLoss(), "soft", FrozenTeacher(teacher, [2, 0]), w_fft=2.0)
+    generator = torch.Generator().manual_seed(4)
+    batches = [(torch.randn(4, 3, 32, 32, generator=generator)[share], torch.tensor([0, 3, 6, 1])[share])] * 3
+    meter = utils.Meter(["loss", *TERMS])
+    train(wrap(model), batches, criterion=criterion, meter=meter, hooks=hooks)
+    return model.state_dict(), meter
+
+
 # Two processes
 
 TWO_PROCESSES = """
@@ -457,6 +475,9 @@ shares = [(images[rank::2], labels[rank::2]) for images, labels in test_engine.m
 _, meter = test_engine.train(DistributedDataParallel(model), shares, accum_steps=2)
 result["terms"] = meter.averages(over_ranks=True)
 result["weights"] = utils.gather_objects({name: value.tolist() for name, value in model.state_dict().items()})
+weights, meter = test_engine.distil(DistributedDataParallel, slice(rank, None, 2))
+result["distilled_terms"] = meter.averages(over_ranks=True)
+result["distilled"] = {name: value.tolist() for name, value in weights.items()}
 if rank == 0:
     with open(sys.argv[1], "w") as file:
         json.dump(result, file)
@@ -501,3 +522,13 @@ def test_two_processes_train_as_one_with_their_batches_together(two_processes):
     for name, value in wanted.items():
         got = torch.tensor(two_processes["weights"][0][name], dtype=torch.float64)
         torch.testing.assert_close(got, torch.tensor(value, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def test_two_processes_distil_as_one(two_processes):
+    """The hooks sit on the bare model inside DistributedDataParallel, and the teacher outside of it."""
+    weights, meter = distil()
+    assert two_processes["distilled_terms"] == pytest.approx(meter.averages(), rel=1e-5)
+    assert min(meter.averages().values()) > 0.01
+    for name, value in weights.items():
+        got = torch.tensor(two_processes["distilled"][name])
+        torch.testing.assert_close(got, value, rtol=0, atol=1e-6, msg=name)
