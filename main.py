@@ -965,6 +965,7 @@ def run():
     utils.end_with_launcher()
     with utils.exit_codes(datasets.BadImageError):
         main(parse_args())
+        utils.leave_distributed()
 
 
 if __name__ == "__main__":

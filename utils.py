@@ -87,6 +87,7 @@ def exit_codes(*user_errors):
     finally:
         _end_loader_workers()
     if code:
+        leave_distributed(code)
         raise SystemExit(code)
 
 
@@ -377,6 +378,22 @@ def _at_parents_end(number):
     """Asks the kernel for a signal when the parent ends, however that happens (prctl's PR_SET_PDEATHSIG, Linux)."""
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).prctl(1, int(number))
+
+
+def leave_distributed(code=0):
+    """Ends this process with an exit code where there is a process group, without Python's and torch's clearing up.
+
+    With it a finished run of two processes on a CPU ended in an abort ("terminate called without an active exception")
+    in 9 of 60 cases where the group was left to the interpreter, and hung in some where it was destroyed.
+    """
+    if dist.is_initialized():
+        if code == 0:
+            dist.barrier()
+        _end_loader_workers()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
 
 
 def sum_over_ranks(tensor):

@@ -481,6 +481,7 @@ result["distilled"] = {name: value.tolist() for name, value in weights.items()}
 if rank == 0:
     with open(sys.argv[1], "w") as file:
         json.dump(result, file)
+utils.leave_distributed()
 """
 
 
