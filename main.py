@@ -5,6 +5,7 @@ import contextlib
 import datetime
 import functools
 import itertools
+import os
 import resource
 import time
 from pathlib import Path
@@ -178,7 +179,7 @@ def add_augmentation_flags(add):
 def add_run_flags(add):
     add("--output_dir", "--output-dir", default="", help="folder of checkpoints and logs; default: none")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    add("--seed", type=COUNT, default=0, help="seed of weights, order and augmentation")
+    add("--seed", type=number(int, 0, 2**62), default=0, help="seed of weights, order and augmentation")
     add("--resume", default="", help="checkpoint, URL, or auto: the newest whole one in --output_dir")
     add("--start_epoch", "--start-epoch", type=COUNT, help="first epoch; default: the checkpoint's next")
     add("--allow-world-size-change", action="store_true", help="go on with another number of processes than before")
@@ -209,6 +210,9 @@ def parse_args(argv=None):
     parser._defaults.clear()
     given = set(vars(parser.parse_args(argv)))
     check_args(args, given)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and args.output_dir and not (args.eval or args.dry_run):
+        # The launcher's --max-restarts: the run that failed goes on, whatever it was started with.
+        args.resume, args.overwrite, args.start_epoch = "auto", False, None
     return args
 
 
@@ -279,6 +283,8 @@ def check_modes(args):
         raise utils.UserError(f"{first} and {second} exclude each other: give one")
     if args.eval and not (args.resume or args.finetune or args.pretrained):
         raise utils.UserError("--eval without weights would score a random model: give --resume FILE or --pretrained")
+    if args.eval and args.eval_ema and not (args.resume or args.finetune):
+        raise utils.UserError("--eval-ema: --pretrained weights have no moving average: leave it out")
     if args.pretrained and args.finetune:
         raise utils.UserError("--pretrained and --finetune both set the first weights: give one")
     if args.resume == "auto" and not args.output_dir:
@@ -301,6 +307,10 @@ def check_paths(args):
 
 
 def check_names(args):
+    if args.opt == "adahessian":
+        raise utils.UserError(
+            "--opt adahessian needs second derivatives, which this loop does not take: choose another"
+        )
     models.check_name(args.model)
     if args.distillation_type != "none" and not args.eval:
         models.check_name(args.teacher_model)
@@ -331,6 +341,10 @@ def check_schedule(args, given):
                 f"--warmup-epochs {args.warmup_epochs} is longer than the run of --epochs {args.epochs}: lower it"
             )
         utils.say(f"warning: all {args.epochs} epochs are warm-up, whose default is {args.warmup_epochs} epochs")
+    if args.start_epoch and args.sched == "plateau":
+        raise utils.UserError("--start_epoch: --sched plateau goes by the accuracies so far: give --resume alone")
+    if args.lr_noise and len(args.lr_noise) > 2:
+        raise utils.UserError(f"--lr-noise takes where the noise begins and ends, not {len(args.lr_noise)} numbers")
     if args.min_lr > args.lr:
         utils.say(f"warning: --min-lr {args.min_lr:g} is above --lr {args.lr:g}")
 
@@ -356,15 +370,16 @@ def build_datasets(args):
     dataset_val = build("val", datasets.eval_transform(args.input_size, args.eval_crop_ratio))
     if args.eval:
         return None, dataset_val
-    transform = datasets.train_transform(
-        args.input_size,
-        aa=None if args.aa in ("", "none") else args.aa,
-        color_jitter=args.color_jitter,
-        interpolation=args.train_interpolation,
-        hflip=0.0 if args.data_set == "GRATINGS" else 0.5,  # a mirrored grating is of another class
-        three_augment=args.ThreeAugment,
-        simple_crop=args.src,
-    )
+    with utils.as_user_error(f"--aa {args.aa}: ", Exception):
+        transform = datasets.train_transform(
+            args.input_size,
+            aa=None if args.aa in ("", "none") else args.aa,
+            color_jitter=args.color_jitter,
+            interpolation=args.train_interpolation,
+            hflip=0.0 if args.data_set == "GRATINGS" else 0.5,  # a mirrored grating is of another class
+            three_augment=args.ThreeAugment,
+            simple_crop=args.src,
+        )
     dataset_train = build("train", transform)
     if dataset_train.classes != dataset_val.classes:
         odd = sorted(set(dataset_train.classes) ^ set(dataset_val.classes))
@@ -413,8 +428,15 @@ def build_student(args, num_classes):
             drop=args.drop,
             drop_path=args.drop_path,
         )
+    own_classes = model.pretrained_cfg["num_classes"]
+    if args.pretrained and own_classes != num_classes:
+        if args.eval:
+            raise utils.UserError(f"--pretrained weights are for {own_classes} classes, the data set has {num_classes}")
+        utils.say(
+            f"--pretrained: the weights' head has {own_classes} classes, not {num_classes}; a fresh head is trained"
+        )
     if args.finetune:
-        weights = utils.extract_weights(utils.load_checkpoint(args.finetune))
+        weights = utils.extract_weights(utils.load_checkpoint(args.finetune), ema=args.eval and args.eval_ema)
         replaced = models.load_weights(model, weights, replace_head=not args.eval)
         if replaced:
             utils.say(f"--finetune: the file's head has {replaced} classes, not {num_classes}; a fresh head is trained")
@@ -450,6 +472,12 @@ def build_teacher(args, num_classes, device, student):
             input_size=args.input_size,
             kwargs=key_values(args.teacher_kwargs),
             pretrained=not args.teacher_path,
+        )
+    own_classes = model.pretrained_cfg["num_classes"]
+    if not args.teacher_path and own_classes != num_classes:
+        raise utils.UserError(
+            f"the teacher's weights are for {own_classes} classes and the data set has {num_classes}: "
+            "give --teacher-path, the weights of a teacher of these classes"
         )
     if args.teacher_path:
         models.load_weights(model, utils.extract_weights(utils.load_checkpoint(args.teacher_path)))
@@ -531,12 +559,15 @@ def build_optimizer(args, model):
             patience_epochs=args.patience_epochs,
             decay_rate=args.decay_rate,
             min_lr=args.min_lr,
-            warmup_lr=args.warmup_lr,
+            # timm's plateau would keep the warm-up's rate where there is no warm-up.
+            warmup_lr=args.warmup_lr if args.warmup_epochs or args.sched != "plateau" else lr,
             warmup_epochs=args.warmup_epochs,
             noise=args.lr_noise,
             noise_pct=args.lr_noise_pct,
             noise_std=args.lr_noise_std,
         )
+        if args.cooldown_epochs and args.sched != "plateau" and num_epochs == args.epochs:
+            raise ValueError("timm's schedule of this name has no cool-down: leave --cooldown-epochs out")
         if scheduler is None:  # what older releases of timm say of an unknown name
             raise ValueError("timm has no such scheduler")
     return optimizer, scheduler, num_epochs
@@ -627,7 +658,18 @@ class RunState:
         missing = [key for key in ("model", "optimizer", "epoch") if key not in checkpoint]
         if missing:
             raise utils.UserError(f"--resume: the file has no '{missing[0]}', so training cannot go on: use --finetune")
-        models.load_weights(self.model, utils.extract_weights(checkpoint))
+        weights, own = utils.extract_weights(checkpoint), self.model.state_dict()
+        changed = [key for key in weights.keys() & own.keys() if weights[key].shape != own[key].shape]
+        if changed:  # the optimizer's moments would not fit
+            raise utils.UserError(
+                f"--resume: the file is of another model or image size ({changed[0]}): use --finetune"
+            )
+        before = stored_args(checkpoint).get("opt", args.opt)
+        if before != args.opt:
+            raise utils.UserError(
+                f"--resume: --opt was {before} and is {args.opt}: use --finetune to start with another"
+            )
+        models.load_weights(self.model, weights)
         self._load_optimizer(checkpoint["optimizer"])
         if checkpoint.get("scaler") and not isinstance(self.scaler, ConstantScaler):
             self.scaler.load_state_dict(checkpoint["scaler"])
@@ -717,6 +759,8 @@ def find_resume(args, folder):
     """
     if args.resume == "auto":
         path, checkpoint = (folder or utils.CheckpointFolder(args.output_dir)).load_newest()
+        if path is None and (args.eval or args.export):
+            raise utils.UserError(f"--resume auto: there is no checkpoint in {args.output_dir}: name a file")
         utils.say(f"--resume auto: {path}" if path else "--resume auto: no checkpoint yet, a fresh run")
     else:
         inside = folder is not None and Path(args.resume).resolve().parent == folder.folder.resolve()
@@ -789,9 +833,10 @@ def dry_run(args, train, loader, device, num_epochs):
     """Trains on two optimizer steps' batches, and says what the second one cost and what the run would."""
     batches = list(itertools.islice(loader, 2 * args.accum_steps))
     train(batches[: args.accum_steps], meter=new_meter(), epoch=0)  # warm-up
+    timed = batches[args.accum_steps :] or batches
     began = time.perf_counter()
-    train(batches[args.accum_steps :], meter=new_meter(), epoch=0)
-    seconds = (time.perf_counter() - began) / max(1, len(batches) - args.accum_steps)
+    train(timed, meter=new_meter(), epoch=0)
+    seconds = (time.perf_counter() - began) / len(timed)
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device)
     else:
@@ -927,6 +972,7 @@ def main(args):
         state.step = train(loader_train, meter=state.meter, epoch=epoch, start_step=start_step)
         seconds = time.perf_counter() - began
         whole = state.step == num_steps
+        utils.share_statistics(device, model, *([ema.module] if ema is not None else []))
         test = evaluate(model, loader_val, should_stop=should_stop, **scoring) if whole else None
         test_ema = None
         if test is not None and args.eval_ema:

@@ -88,7 +88,7 @@ class SeededSampler(Sampler):
             self.sampler.set_epoch(epoch)
 
     def __len__(self):
-        return len(self.sampler) - self.start
+        return max(0, len(self.sampler) - self.start)  # a data set may shrink before a resume
 
     def __iter__(self):
         for position, index in enumerate(self.sampler):

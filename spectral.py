@@ -70,6 +70,10 @@ class FeatureHooks:
         if output.ndim == 4:
             return output.permute(0, 3, 1, 2) if self._channels_last else output
         # Tokens (B, N, C). timm's num_prefix_tokens is wrong for CaiT, so the prefix is whatever the grid leaves over.
+        if any(size % reduction for size in self._image_size):
+            raise RuntimeError(
+                f"images of {tuple(self._image_size)} pixels are no whole number of {reduction} pixel patches"
+            )
         height, width = (size // reduction for size in self._image_size)
         return output[:, output.shape[1] - height * width :].transpose(1, 2).unflatten(2, (height, width))
 

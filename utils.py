@@ -185,7 +185,7 @@ class Parser(argparse.ArgumentParser):
     """Reads `@file` arguments, one flag a line, with # comments; an error is one line and exit code 2."""
 
     def convert_arg_line_to_args(self, line):
-        return line.split("#", 1)[0].split()
+        return re.split(r"(?:^|\s)#", line, maxsplit=1)[0].split()
 
     def error(self, message):
         raise UserError(message)
@@ -403,6 +403,18 @@ def sum_over_ranks(tensor):
     return tensor
 
 
+@torch.no_grad()
+def share_statistics(device, *models):
+    """Gives all processes the first one's running statistics (BatchNorm), so that they score and keep one network."""
+    if not dist.is_initialized():
+        return
+    norms = [m for model in models for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    for buffer in (buffer for norm in norms for buffer in norm.buffers()):
+        shared = buffer.to(device)  # a moving average may be kept on the host
+        dist.broadcast(shared, 0)
+        buffer.copy_(shared)
+
+
 def gather_objects(value) -> list:
     """The values of all processes, in the order of their ranks."""
     if not dist.is_initialized():
@@ -537,7 +549,11 @@ class RunLog:
             write_atomically(self.folder / "args.json", lambda file: file.write(arguments))
         with as_user_error(f"{self.path} cannot be written: ", OSError):
             if self.path.exists():
-                lines = [line for line in self.path.read_text().splitlines() if _epoch_of(line) < start_epoch]
+                lines = [
+                    line
+                    for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+                    if _epoch_of(line) < start_epoch
+                ]
                 kept = "".join(line + "\n" for line in lines).encode()
                 write_atomically(self.path, lambda file: file.write(kept))
 
@@ -589,9 +605,10 @@ class RunLog:
 
 def _epoch_of(line):
     try:
-        return json.loads(line)["epoch"]
+        epoch = json.loads(line)["epoch"]
     except (ValueError, KeyError, TypeError):
         return math.inf  # torn by a kill: dropped
+    return epoch if isinstance(epoch, int) else math.inf
 
 
 # Files

@@ -33,6 +33,8 @@ def places(tmp_path_factory, teacher_file):
     (root / "empty_class" / "train" / "cow").mkdir()
     shutil.copytree(images, root / "other_classes")
     shutil.move(root / "other_classes" / "val" / "bee", root / "other_classes" / "val" / "wasp")
+    native = {key: value for key, value in utils.key_values(TEACHER).items() if key != "img_size"}
+    torch.save(timm.create_model("cait_s24_224", num_classes=24, **native).state_dict(), root / "hub.pth")
     whole = torch.load(teacher_file, weights_only=True)
     torch.save({"model": whole}, root / "only_weights.pth")
     (root / "truncated.pth").write_bytes(teacher_file.read_bytes()[:5000])
@@ -46,6 +48,7 @@ def places(tmp_path_factory, teacher_file):
         "other_classes",
         "only_weights.pth",
         "truncated.pth",
+        "hub.pth",
         "file",
         "empty",
     )
@@ -57,6 +60,8 @@ TINY = " ".join(tiny_run())
 DISTIL = " ".join(distil("{teacher}"))
 EVAL = f"{TINY} --eval"
 CAIT = f"--model cait_s24_224 --model-kwargs {' '.join(TEACHER)}"
+HUB = "pretrained_cfg_overlay={{'file':'{hub}','num_classes':24}}"  # stands for timm's own weights
+HUB_TEACHER = f"--teacher-model cait_s24_224 --teacher-kwargs {' '.join(TEACHER)} {HUB}"
 
 # name: (command line, what the one line must say). A model is built for none of these.
 BEFORE_A_MODEL = {
@@ -133,6 +138,16 @@ BEFORE_A_MODEL = {
         f"{TINY} --device cuda --eval-ema --model-ema-force-cpu",
         "--eval-ema scores on --device|this machine has 0 GPUs",
     ),
+    "plateau from the middle": (f"{TINY} --sched plateau --start_epoch 3", "--start_epoch: --sched plateau goes by"),
+    "three parts of noise": (f"{TINY} --lr-noise 0.1 0.5 0.9", "where the noise begins and ends, not 3 numbers"),
+    "unknown augmentation": (f"{TINY} --aa foo", "--aa foo: Unknown AA policy foo"),
+    "huge seed": (f"{TINY} --seed 100000000000000000000000", "--seed: expected a whole number"),
+    "second-order optimizer": (f"{TINY} --opt adahessian", "--opt adahessian needs second derivatives"),
+    "nothing to score": (
+        f"{EVAL} --resume auto --output_dir {{empty}}",
+        "there is no checkpoint in .*empty: name a file",
+    ),
+    "average of the hub": (f"{EVAL} --pretrained --eval-ema", "--pretrained weights have no moving average"),
     "odd batch mixed": (f"{TINY} --batch-size 15 --mixup 0.8", "give an even --batch-size, not 15"),
     "random interpolation": (f"{TINY} --train-interpolation random", "give bicubic or bilinear"),
     "cosub": (f"{TINY} --cosub", "--cosub has no place here"),
@@ -162,6 +177,16 @@ WITH_A_MODEL = {
         f"{TINY} {DISTIL} --model deit_tiny_distilled_patch16_224 --no-train-mode",
         "--no-train-mode keeps the heads",
     ),
+    "hub teacher of another class count": (
+        f"{IMNET} --data-path {{images}} --model-kwargs {' '.join(STUDENT)} "
+        f"--distillation-type soft --w-fft 0 {HUB_TEACHER}",
+        "the teacher's weights are for 24 classes and the data set has 2: give --teacher-path",
+    ),
+    "hub weights of another class count scored": (
+        f"{IMNET} --data-path {{images}} --eval --pretrained {CAIT} {HUB}",
+        "--pretrained weights are for 24 classes, the data set has 2",
+    ),
+    "no cool-down": (f"{TINY} --sched step --cooldown-epochs 2", "has no cool-down"),
     "unknown model argument": (f"{TINY} --model-kwargs dpeth=3", "timm cannot build deit_tiny_patch16_224: .*dpeth"),
     "unknown optimizer": (f"{TINY} --opt adamwww", "--opt adamwww: "),
     "unknown scheduler": (f"{TINY} --sched cosinus", "--sched cosinus: "),

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 import torch
-from conftest import distil, tiny_run
+from conftest import STUDENT, distil, tiny_run
 from processes import codes, fork, strike
 
 import main
@@ -364,3 +364,49 @@ def test_milestones_are_kept(again, folder):
     assert sorted(path.name for path in folder.glob("checkpoint_0*")) == ["checkpoint_0001.pth", "checkpoint_0003.pth"]
     assert torch.load(folder / "checkpoint_0001.pth", weights_only=True)["epoch"] == 1
     assert torch.load(folder / "checkpoint_previous.pth", weights_only=True)["epoch"] == 2
+
+
+def test_another_optimizer_or_image_size_is_refused_on_resume(tmp_path):
+    flags = tiny_run("--output_dir", tmp_path)
+    main.main(main.parse_args(flags))
+    flags += ["--epochs", "2", "--resume", "auto"]
+    with pytest.raises(utils.UserError, match="--opt was adamw and is sgd"):
+        main.main(main.parse_args([*flags, "--opt", "sgd"]))
+    larger = ["--input-size", "64", "--model-kwargs", "img_size=64", *STUDENT[1:]]
+    with pytest.raises(utils.UserError, match=r"another model or image size \(pos_embed\): use --finetune"):
+        main.main(main.parse_args([*flags, *larger]))
+
+
+def test_a_restart_by_the_launcher_goes_on_whatever_the_run_was_started_with(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    args = main.parse_args(tiny_run("--output_dir", tmp_path, "--overwrite", "--start_epoch", 0))
+    assert (args.resume, args.overwrite, args.start_epoch) == ("auto", False, None)
+
+
+def test_a_log_edited_by_hand_does_not_stop_a_resume(tmp_path):
+    (tmp_path / "log.txt").write_bytes(b'{"epoch": 0}\n{"epoch": "1"}\n\xff\n')
+    utils.RunLog(tmp_path, {}, start_epoch=1).close()
+    assert (tmp_path / "log.txt").read_text() == '{"epoch": 0}\n'
+
+
+def test_two_processes_score_the_one_network_with_batchnorm_that_they_save(tmp_path):
+    flags = ["--data-set", "GRATINGS", "--gratings-sizes", 96, 96, "--input-size", 32, "--num_workers", 0]
+    flags += ["--device", "cpu", "--model", "resnet18", "--model-kwargs", "channels=(8,8,8,16)", "--batch-size", 8]
+    train = [
+        "--epochs",
+        1,
+        "--warmup-epochs",
+        0,
+        "--lr",
+        0.3,
+        "--no-repeated-aug",
+        "--model-ema-decay",
+        0.5,
+        "--eval-ema",
+    ]
+    assert run(*flags, *train, "--output_dir", tmp_path, ranks=2) == {0}
+    line = json.loads((tmp_path / "log.txt").read_text())
+    for name, ema in (("test_loss", []), ("test_ema_loss", ["--eval-ema"])):
+        scored = [*flags, "--eval", "--resume", tmp_path / "checkpoint.pth", *ema]
+        stats = main.main(main.parse_args(list(map(str, scored))))
+        assert stats["loss"] == pytest.approx(line[name], rel=1e-6)
