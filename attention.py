@@ -14,8 +14,7 @@ class TalkingHeads(nn.Module):
     """A drop-in for timm's TalkingHeadAttn in evaluation: the same parameters under the same names, no dropout.
 
     Mixing heads is a matrix product with the (heads, heads) weights on maps (heads, N * N) as they lie. The bias of
-    the mix before the softmax is the same for all keys, so the softmax cancels it; that of the mix after it adds
-    bias times the sum of the values.
+    the mix before the softmax is the same for all keys, so the softmax cancels it.
 
     Args:
         attention: timm's module, whose layers are shared.
@@ -30,21 +29,24 @@ class TalkingHeads(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (B, N, C) -> (B, N, C)."""
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))
+        mixed = torch.empty_like(qkv[:, :, 0])
         # On a CPU an image at a time, whose maps (1.2 MB for CaiT-S24 at 224 pixels) then stay in the cache.
-        pieces = qkv.split(1 if x.device.type == "cpu" else len(x))
-        return self.proj(torch.cat([self._attend(piece) for piece in pieces]))
+        size = 1 if x.device.type == "cpu" else len(x)
+        for start in range(0, len(x), size):
+            piece = slice(start, start + size)
+            mixed[piece] = self._attend(*qkv[piece].permute(2, 0, 3, 1, 4))
+        return self.proj(mixed.flatten(2))
 
-    def _attend(self, qkv: Tensor) -> Tensor:
-        """(B, N, 3, heads, C / heads) -> (B, N, C)."""
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        maps = (q * self.scale) @ k.transpose(-2, -1)
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Three times (B, heads, N, C / heads) -> (B, N, heads, C / heads)."""
+        images = len(q)
+        # bmm throughout: `weight @ maps` would fold the images into the rows, and copy the maps for it.
+        before, after = (layer.weight.expand(images, -1, -1) for layer in (self.proj_l, self.proj_w))
+        maps = torch.bmm((q * self.scale).flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
         shape = maps.shape
-        # bmm, because `weight @ maps` folds the batch into the rows and copies the maps for it.
-        before, after = (layer.weight.expand(len(maps), -1, -1) for layer in (self.proj_l, self.proj_w))
-        maps = torch.bmm(before, maps.flatten(2)).view(shape).softmax(dim=-1)
-        maps = torch.bmm(after, maps.flatten(2)).view(shape)
-        x = maps @ v + self.proj_w.bias[:, None, None] * v.sum(dim=-2, keepdim=True)
-        return x.transpose(1, 2).flatten(2)
+        maps = torch.bmm(before, maps.view(images, self.num_heads, -1)).view(shape).softmax(dim=-1)
+        maps = torch.baddbmm(self.proj_w.bias[:, None], after, maps.view(images, self.num_heads, -1)).view(shape)
+        return torch.bmm(maps, v.flatten(0, 1)).unflatten(0, (images, -1)).transpose(1, 2)
 
 
 def speed_up(model: nn.Module) -> nn.Module:

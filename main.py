@@ -36,6 +36,7 @@ from utils import Parser, key_values, number
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 INTERPOLATIONS = ("bicubic", "bilinear", "random")
+COMPILE = ("none", "teacher", "both")
 SPECTRA_IMAGES = 32  # those of the paper's analysis
 
 
@@ -179,6 +180,12 @@ def add_augmentation_flags(add):
 def add_run_flags(add):
     add("--output_dir", "--output-dir", default="", help="folder of checkpoints and logs; default: none")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    add(
+        "--compile",
+        default="none",
+        choices=COMPILE,
+        help="torch.compile of the teacher, or of teacher, student and feature loss; a few minutes at the start",
+    )
     add("--seed", type=number(int, 0, 2**62), default=0, help="seed of weights, order and augmentation")
     add("--resume", default="", help="checkpoint, URL, or auto: the newest whole one in --output_dir")
     add("--start_epoch", "--start-epoch", type=COUNT, help="first epoch; default: the checkpoint's next")
@@ -598,6 +605,38 @@ def build_probe(args, model, teacher, dataset_val, prepare, device):
     return probe
 
 
+def wrap_models(args, model, criterion, device):
+    """Returns the student to train with: compiled where --compile says so, and parallel where processes are several.
+
+    What the criterion holds is compiled in place. The student itself stays bare for evaluation, optimizer and
+    checkpoints. Hooks are compiled along with their models.
+    """
+    wrapped = model
+    if args.compile != "none" and can_compile(device):
+        compiled = functools.partial(torch.compile, dynamic=False)
+        if criterion.teacher is not None:
+            criterion.teacher.model = compiled(criterion.teacher.model)
+        if args.compile == "both":
+            wrapped = compiled(model)
+        if args.compile == "both" and criterion.feature_loss is not spectral.spectral_loss:
+            criterion.feature_loss = compiled(criterion.feature_loss)  # there is no compiler for complex numbers
+    if utils.world_size() == 1:
+        return wrapped
+    device_ids = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(wrapped, device_ids=device_ids, gradient_as_bucket_view=True)
+
+
+def can_compile(device):
+    """Tries the compiler on next to nothing, and says why it does not work where it does not."""
+    try:
+        torch.compile(torch.cos)(torch.zeros(2, device=device))
+    except Exception as error:
+        reason = " ".join(str(error).split("\n\n")[0].split())
+        utils.say(f"--compile: no compiler works here, so nothing is compiled: {reason}")
+        return False
+    return True
+
+
 class ConstantScaler(GradScaler):
     """A GradScaler whose scale stays 1: it only skips steps whose gradient is not finite."""
 
@@ -934,10 +973,7 @@ def main(args):
         return utils.say(f"nothing to do: {state.epoch} of {num_epochs} epochs are done")
 
     # Loop
-    parallel = model
-    if utils.world_size() > 1:
-        device_ids = [device] if device.type == "cuda" else None
-        parallel = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    parallel = wrap_models(args, model, criterion, device)
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     utils.say(
         f"{args.model}: {num_parameters} parameters, {num_classes} classes; {num_epochs} epochs from {state.epoch}"

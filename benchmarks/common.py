@@ -10,7 +10,9 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "Pillow")
 
@@ -108,6 +110,17 @@ def report(title, times, baseline, items=None, unit="images/s"):
 
 def quartiles(values):
     return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+
+
+def make_jpegs(folder, num_images, size=(500, 375)):
+    """Writes num_images JPEG files of about 100 kB, as ImageNet's are, to FOLDER/train/<class>/ for ten classes."""
+    random = np.random.default_rng(0)
+    for index in range(num_images):
+        path = Path(folder) / "train" / f"class{index % 10}" / f"{index:06d}.jpeg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        coarse = Image.fromarray(random.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize(size, Image.BICUBIC)
+        noise = random.normal(0, 12, (size[1], size[0], 3))
+        Image.fromarray(np.clip(np.asarray(coarse) + noise, 0, 255).astype(np.uint8)).save(path, quality=90)
 
 
 def write_json(args, **results):

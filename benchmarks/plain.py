@@ -8,6 +8,8 @@ from timm.data import create_transform
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
+AUGMENTATION = "rand-m9-mstd0.5-inc1"
+
 
 def spectral_loss(student, teacher):
     """Two transforms of NCHW copies, real and imaginary parts stacked."""
@@ -49,7 +51,7 @@ def train(model, hooks, criterion, loader, *, optimizer, scaler, ema, device, am
         scaler.update()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        ema.update(model)
+        ema.update(getattr(model, "module", model))
         for value in terms.values():
             value.item()
 
@@ -59,7 +61,7 @@ def loader(folder, sampler, batch_size, num_workers, input_size=224):
     transform = create_transform(
         input_size,
         is_training=True,
-        auto_augment="rand-m9-mstd0.5-inc1",
+        auto_augment=AUGMENTATION,
         interpolation="bicubic",
         re_prob=0.25,
     )
