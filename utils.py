@@ -126,8 +126,7 @@ def _ask_store(question, otherwise):
 
 def _lost_contact(error):
     """Whether an error says that another process did not take part in a collective."""
-    words = "gloo|nccl|connection (closed|reset|refused)|broken pipe|timed out|timeout|socket|store"
-    return isinstance(error, RuntimeError) and dist.is_initialized() and re.search(words, str(error), re.I) is not None
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def _who_is_silent(error):
@@ -454,12 +453,12 @@ class StopRequest:
     """
 
     def __init__(self):
-        self.number, self.stepping, self.group = 0, False, None
+        self.noted, self.number, self.stepping, self.group = 0, 0, False, None
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 
     def _note(self, number, frame):
-        self.number = number
+        self.noted = number
         if not self.stepping:
             raise Stopped(number)
 
@@ -471,10 +470,10 @@ class StopRequest:
         self.stepping = True
 
     def __call__(self) -> int:
+        number = torch.tensor([self.noted])
         if self.group is not None:
-            number = torch.tensor([self.number])
             dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self.group)
-            self.number = int(number)
+        self.number = int(number)  # apart from `noted`: a signal that came meanwhile is for the next call
         return self.number
 
 
