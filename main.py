@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import datetime
 import functools
+import inspect
 import itertools
 import os
 import resource
@@ -17,6 +18,7 @@ from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import PlateauLRScheduler, create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.amp import GradScaler
@@ -277,6 +279,7 @@ UNUSED = (  # (what the flags need, whether it is there, the flags)
     ("--mixup or --cutmix", lambda args: mixup_wanted(args), ("mixup_prob", "mixup_switch_prob", "mixup_mode")),
     ("--reprob above 0", lambda args: args.reprob > 0, ("remode", "recount")),
     ("--lr-noise", lambda args: args.lr_noise, ("lr_noise_pct", "lr_noise_std")),
+    ("a later timm", lambda args: inspect.getsource(Scheduler).count("self.noise_std") > 1, ("lr_noise_std",)),
     ("--sched plateau", lambda args: args.sched == "plateau", ("patience_epochs",)),
     ("--ThreeAugment left out", lambda args: not args.ThreeAugment, ("aa",)),
     ("--output_dir", lambda args: args.output_dir, ("save_every", "overwrite", "spectra_every")),
