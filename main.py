@@ -251,6 +251,8 @@ def check_args(args, given):
     check_schedule(args, given)
     if args.eval_ema and args.model_ema_force_cpu and torch.device(args.device).type != "cpu":
         raise utils.UserError("--eval-ema scores on --device, where --model-ema-force-cpu keeps no average: give one")
+    if args.ThreeAugment and "aa" in given:
+        raise utils.UserError("--aa and --ThreeAugment exclude each other: give one")
     if args.train_interpolation == "random" and (args.src or args.input_size <= datasets.SMALL_IMAGE):
         raise utils.UserError(
             "--train-interpolation random is of DeiT's random resized crop, which --src and small images do without: "
@@ -281,7 +283,6 @@ UNUSED = (  # (what the flags need, whether it is there, the flags)
     ("--lr-noise", lambda args: args.lr_noise, ("lr_noise_pct", "lr_noise_std")),
     ("a later timm", lambda args: inspect.getsource(Scheduler).count("self.noise_std") > 1, ("lr_noise_std",)),
     ("--sched plateau", lambda args: args.sched == "plateau", ("patience_epochs",)),
-    ("--ThreeAugment left out", lambda args: not args.ThreeAugment, ("aa",)),
     ("--output_dir", lambda args: args.output_dir, ("save_every", "overwrite", "spectra_every")),
 )
 
@@ -355,6 +356,8 @@ def check_schedule(args, given):
         raise utils.UserError("--start_epoch: --sched plateau goes by the accuracies so far: give --resume alone")
     if args.lr_noise and len(args.lr_noise) > 2:
         raise utils.UserError(f"--lr-noise takes where the noise begins and ends, not {len(args.lr_noise)} numbers")
+    if not args.output_dir and not args.dry_run:
+        utils.say("warning: without --output_dir nothing of this run is kept")
     if args.min_lr > args.lr:
         utils.say(f"warning: --min-lr {args.min_lr:g} is above --lr {args.lr:g}")
 
@@ -383,7 +386,7 @@ def build_datasets(args):
     with utils.as_user_error(f"--aa {args.aa}: ", Exception):
         transform = datasets.train_transform(
             args.input_size,
-            aa=None if args.aa in ("", "none") else args.aa,
+            aa=None if args.aa.lower() in ("", "none") else args.aa,
             color_jitter=args.color_jitter,
             interpolation=args.train_interpolation,
             hflip=0.0 if args.data_set == "GRATINGS" else 0.5,  # a mirrored grating is of another class
@@ -977,9 +980,14 @@ def main(args):
 
     # Loop
     parallel = wrap_models(args, model, criterion, device)
+    utils.say(
+        f"{len(dataset_train)} training and {len(dataset_val)} validation images; {utils.world_size()} processes x "
+        f"{args.batch_size} images x {args.accum_steps} = {args.batch_size * args.accum_steps * utils.world_size()} a step; "
+        f"learning rate {optimizer.param_groups[0]['initial_lr']:.4g}"
+    )
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     utils.say(
-        f"{args.model}: {num_parameters} parameters, {num_classes} classes; {num_epochs} epochs from {state.epoch}"
+        f"{args.model}: {num_parameters} parameters, {num_classes} classes; epochs {state.epoch} to {num_epochs - 1}"
     )
     train = functools.partial(
         train_one_epoch,
