@@ -78,9 +78,7 @@ def exit_codes(*user_errors):
             error = UserError(f"{_one_line(error)}: give fewer --num_workers, more memory or a longer --loader-timeout")
             code = _finish(2, "failed", error)
         elif _lost_contact(error):
-            _finish(1, "failed", _who_is_silent(error), alone=True)
-            _end_loader_workers()
-            os._exit(1)  # an orderly end would wait for the processes that are gone
+            code = _finish(1, "failed", _who_is_silent(error), alone=True)
         else:
             run_status.write("failed", reason=_one_line(error))
             raise
