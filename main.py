@@ -6,6 +6,7 @@ import datetime
 import functools
 import inspect
 import itertools
+import math
 import os
 import resource
 import time
@@ -980,11 +981,9 @@ def main(args):
 
     # Loop
     parallel = wrap_models(args, model, criterion, device)
-    utils.say(
-        f"{len(dataset_train)} training and {len(dataset_val)} validation images; {utils.world_size()} processes x "
-        f"{args.batch_size} images x {args.accum_steps} = {args.batch_size * args.accum_steps * utils.world_size()} a step; "
-        f"learning rate {optimizer.param_groups[0]['initial_lr']:.4g}"
-    )
+    batch, lr = (utils.world_size(), args.batch_size, args.accum_steps), optimizer.param_groups[0]["initial_lr"]
+    utils.say(f"{len(dataset_train)} training and {len(dataset_val)} validation images; learning rate {lr:.4g}")
+    utils.say(f"global batch {math.prod(batch)}: {batch[0]} processes x {batch[1]} images x {batch[2]} accumulated")
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     utils.say(
         f"{args.model}: {num_parameters} parameters, {num_classes} classes; epochs {state.epoch} to {num_epochs - 1}"

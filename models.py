@@ -87,6 +87,12 @@ def load_weights(model, weights, *, replace_head=False):
         weights = {renamed.get(key, key): value for key, value in weights.items()}
         _resample_position_embedding(weights, own, model)
         replaced = _check_heads(weights, own, model, replace_head)
+        other = [key for key in weights if key in own and weights[key].shape != own[key].shape]
+        if other:
+            shapes = f"{other[0]} has {list(weights[other[0]].shape)}, not {list(own[other[0]].shape)}"
+            raise ValueError(
+                f"{len(other)} tensors have other shapes ({shapes}): is it of another model or its arguments?"
+            )
         result = model.load_state_dict(weights, strict=False)
         if result.missing_keys or result.unexpected_keys:
             raise ValueError(f"missing {result.missing_keys[:3]}, not expected {result.unexpected_keys[:3]}")

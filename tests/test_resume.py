@@ -253,7 +253,7 @@ def test_sums_of_other_processes_are_taken_over():
 def test_start_epoch_wins_over_the_checkpoint(again, folder):
     resumed = again("--resume", "auto", "--start_epoch", 0)
     assert resumed.code() == 0
-    assert "2 epochs from 0" in resumed.text
+    assert "epochs 0 to 1" in resumed.text
     assert [line["epoch"] for line in outcome(folder)["log"]] == [0, 1]
 
 
