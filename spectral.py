@@ -148,7 +148,8 @@ def spectral_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     D = rfft2(student - teacher), orthonormal: the transform is linear, so one of the difference is enough. The loss is
     the mean of (Re D)^2 and (Im D)^2 over all 2 B C H K numbers. Because the orthonormal transform keeps energy, this
-    is feature MSE with weight W / 4K plus a penalty on row means. `closed_spectral_loss` is the same number for a
+    is feature MSE with weight W / 4K plus a penalty on the means of each row's even and of its odd columns (of the
+    whole row where W is odd). `closed_spectral_loss` is the same number for a
     fraction of the work.
 
     Args:
@@ -220,7 +221,7 @@ class _ClosedForm(torch.autograd.Function):
 def mse_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """The spatial twin of `spectral_loss`: feature MSE with the weight W / 4K that it has inside the spectral loss.
 
-    Same arguments and result as `spectral_loss`, of which it leaves out only the penalty on row means.
+    Same arguments and result as `spectral_loss`, of which it leaves out only the penalty on means within rows.
     """
     student, teacher = align(student, teacher)
     width = student.shape[-1]
