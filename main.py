@@ -357,8 +357,6 @@ def check_schedule(args, given):
         raise utils.UserError("--start_epoch: --sched plateau goes by the accuracies so far: give --resume alone")
     if args.lr_noise and len(args.lr_noise) > 2:
         raise utils.UserError(f"--lr-noise takes where the noise begins and ends, not {len(args.lr_noise)} numbers")
-    if not args.output_dir and not args.dry_run:
-        utils.say("warning: without --output_dir nothing of this run is kept")
     if args.min_lr > args.lr:
         utils.say(f"warning: --min-lr {args.min_lr:g} is above --lr {args.lr:g}")
 
@@ -984,6 +982,8 @@ def main(args):
     batch, lr = (utils.world_size(), args.batch_size, args.accum_steps), optimizer.param_groups[0]["initial_lr"]
     utils.say(f"{len(dataset_train)} training and {len(dataset_val)} validation images; learning rate {lr:.4g}")
     utils.say(f"global batch {math.prod(batch)}: {batch[0]} processes x {batch[1]} images x {batch[2]} accumulated")
+    if folder is None:
+        utils.say("warning: nothing of this run is kept, because there is no --output_dir")
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     utils.say(
         f"{args.model}: {num_parameters} parameters, {num_classes} classes; epochs {state.epoch} to {num_epochs - 1}"
