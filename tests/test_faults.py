@@ -260,13 +260,14 @@ def test_a_signal_during_start_up_stops_at_once(tmp_path):
     assert status(tmp_path)["status"] == "preempted"
 
 
-def test_interrupting_the_whole_process_group_leaves_the_loader_workers_to_their_process(tmp_path):
-    """As Ctrl-C in a terminal does. A worker that took the signal itself would end the run with an error."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["torchrun's", "Ctrl-C"])
+def test_a_signal_to_the_process_group_leaves_the_loader_workers_to_their_process(number, tmp_path):
+    """A worker that took the signal itself would end the run with an error."""
     run = fork(*flags_of(tmp_path, "--epochs", 50, "--num_workers", 2)).says("Epoch: [1]")
     workers = descendants(run.pid)
     assert len(workers) == 4  # those of training and those of evaluation
-    os.killpg(run.pid, signal.SIGINT)
-    assert run.code() == 128 + signal.SIGINT
+    os.killpg(run.pid, number)
+    assert run.code() == 128 + number
     assert "--resume auto goes on from here" in run.text
     until(lambda: not any(map(alive, workers)), 5)
 

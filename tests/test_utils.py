@@ -341,6 +341,19 @@ def test_a_second_name_is_given_where_links_are_not_possible(tmp_path, monkeypat
     assert not list(tmp_path.glob(".*.tmp"))
 
 
+def test_a_child_that_outlives_its_process_does_not_keep_the_lock(tmp_path):
+    """As a loader worker may for a moment."""
+    lock = f"import os, time, utils; lock = utils.FolderLock({str(tmp_path)!r})\n"
+    child = "pid = os.fork()\nif pid: print('child', pid, flush=True)\ntime.sleep(60)"
+    run = fork(before=lock + child).says("child")
+    with pytest.raises(utils.UserError, match=f"is in use by pid {run.pid} on "):
+        utils.FolderLock(tmp_path, wait=0)
+    run.send(signal.SIGKILL)
+    run.code()
+    utils.FolderLock(tmp_path, wait=0)
+    os.kill(int(run.text.split()[-1]), signal.SIGKILL)
+
+
 def test_a_file_system_without_locks_costs_a_warning(tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise OSError(errno.ENOLCK, "no locks available")
