@@ -1,0 +1,67 @@
+"""The input pipeline on JPEG files of 500 x 375, images a second and core: the program's own beside the plain one.
+
+Order and cache depend on how many processes share the images, so each number of processes is simulated by the share
+of its first one, without loader workers, in this process alone.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import common
+import plain
+import torch
+
+import datasets
+import samplers
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def run(loader, prepare=None):
+    for images, _ in loader:
+        if prepare is not None:
+            prepare(images)
+
+
+def variants(folder, num_processes, args):
+    """{name: function without arguments that loads an epoch of the first process}."""
+    transform = datasets.train_transform(args.input_size, aa=plain.AUGMENTATION)
+    dataset = datasets.build_dataset("IMNET", "train", folder, transform)
+    order = samplers.RASampler(dataset, num_processes, 0)
+    fast = datasets.build_loader(
+        datasets.SeededDataset(dataset), samplers.SeededSampler(order, 0, 0), args.batch_size, 0, drop_last=True
+    )
+    ordinary = plain.loader(Path(folder) / "train", order, args.batch_size, 0, args.input_size)
+    prepare = datasets.Prepare(MEAN, STD, reprob=0.25)
+    return {
+        "plain": lambda: run(ordinary),
+        "fast": lambda: run(fast),
+        "fast, prepared on the CPU": lambda: run(fast, prepare),
+    }, len(fast) * args.batch_size
+
+
+def main():
+    parser = common.parser(__doc__, repeats=9)
+    parser.add_argument("--batch-size", type=int, default=64, help="images")
+    parser.add_argument("--input-size", type=int, default=224, help="side of the images, pixels")
+    parser.add_argument("--images", type=int, default=512, help="JPEG files")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4], help="numbers of processes")
+    args = parser.parse_args()
+    args.device = "cpu"
+    common.start(args)
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        common.make_jpegs(folder, args.images)
+        for number in args.processes:
+            functions, images = variants(folder, number, args)
+            results[number] = common.interleave(functions, args, warm_up=1)
+            common.report(f"share of one of {number} processes", results[number], "plain", images)
+    common.write_json(args, seconds=results)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main()
