@@ -154,6 +154,12 @@ def settings(args):
     """
     known = {name: value for name, value in args.items() if name not in NEUTRAL}
     num_epochs(args)  # whose arguments are needed as well
+    needed = [args[name] for name in ("seed", "model", *TEACHER)]
+    if None in needed or args["distillation_type"] not in ("none", "soft", "hard", "fft"):
+        raise ValueError("not the arguments of a run")
+    known["model_kwargs"], known["s_id"], known["t_id"] = (
+        list(args[name]) for name in ("model_kwargs", "s_id", "t_id")
+    )
     known["global_batch"] = args["world_size"] * args["batch_size"] * args["accum_steps"]
     known["amp_dtype"] = args["amp_dtype"] or ("float16" if args["device"].startswith("cuda") else "float32")
     known["data_path"] = PurePath(args["data_path"] or "").name  # it may lie elsewhere on another machine

@@ -298,6 +298,8 @@ def init_distributed(device, dist_url="env://", timeout=1800.0, expected=None):
     device = torch.device(device)
     if device.type == "cuda":
         index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+        if device.index is not None and size > 1:
+            raise UserError(f"--device {device} would put all {size} processes on one GPU: give --device cuda")
         if index >= torch.cuda.device_count():
             raise UserError(f"process {index} of this machine has no GPU: it has {torch.cuda.device_count()}")
         device = torch.device("cuda", index)

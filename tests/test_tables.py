@@ -398,3 +398,12 @@ def test_a_run_of_the_trainer_is_read(tmp_path, table):
     assert row["ema_best"] == pytest.approx(sum(line["test_ema_acc1"] for line in lines) / 2)
     assert (row["done"], row["epochs"], row["global_batch"], sorted(row["seeds"])) == (True, 1, 16, [0, 1])
     assert row["student"] == " ".join(["deit_tiny_patch16_224", *STUDENT])
+
+
+@pytest.mark.parametrize("change", [{"seed": None}, {"model_kwargs": None}, {"distillation_type": "x"}, {"s_id": None}])
+def test_arguments_that_are_none_of_a_run_are_left_aside(change, write, capsys):
+    folder = write("run", [1, 2, 3])
+    args = json.loads((folder / "args.json").read_text())
+    (folder / "args.json").write_text(json.dumps(args | change))
+    assert tables.main([str(folder)]) == 0
+    assert "not the arguments of a run" in capsys.readouterr().err
