@@ -928,7 +928,9 @@ def _verify_archive(path):
             return  # files of torch < 1.6 are no archives and carry no checksums
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+            # A record with the bit of a folder has no content for torch, which then gives whatever is in memory.
+            folders = [record.filename for record in archive.infolist() if record.external_attr & 0x10]
+            damaged = archive.testzip() or next(iter(folders), None)
     except Exception as error:  # any byte may be damaged, so any may come
         raise UserError(f"{path} is damaged: {error}") from None
     if damaged:

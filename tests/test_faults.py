@@ -2,12 +2,14 @@
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
 import socket
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_run
@@ -15,6 +17,7 @@ from PIL import Image
 from processes import alive, codes, descendants, fork, strike, torchrun, until
 from torch import nn
 
+import datasets
 import engine
 import main
 import utils
@@ -540,3 +543,50 @@ def test_another_number_of_processes_than_expected_is_refused():
 
 def test_one_task_of_slurm_needs_no_launcher():
     assert fork(*tiny_run(), env={"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}).code() == 0
+
+
+# Sweeps, on request
+
+
+@pytest.mark.sweep
+def test_twenty_preemptions_lose_no_step_and_leave_no_process(tmp_path):
+    generator, times = random.Random(0), []
+    flags = flags_of(tmp_path / "preempted", "--epochs", 150, "--num_workers", 1)
+    for _ in range(20):
+        run = torchrun(*flags).says("Epoch: [")
+        processes = descendants(run.pid)
+        time.sleep(generator.random())
+        began = time.time()
+        run.send(signal.SIGTERM)
+        assert run.code(25) == 1
+        times.append((tmp_path / "preempted" / "status.json").stat().st_mtime - began)
+        assert status(tmp_path / "preempted")["status"] == "preempted"
+        until(lambda processes=processes: not any(map(alive, processes)), 5)
+    stopped_at = checkpoint(tmp_path / "preempted")["epoch"]
+    assert codes(fork(*flags, ranks=2), 300) == [0, 0]
+    assert codes(fork(*flags_of(tmp_path / "straight", "--epochs", 150), ranks=2), 300) == [0, 0]
+    preempted, straight = (checkpoint(tmp_path / name) for name in ("preempted", "straight"))
+    for part in ("model", "model_ema", "optimizer"):
+        torch.testing.assert_close(preempted[part], straight[part], rtol=0, atol=0)
+    print(f"20 preemptions up to epoch {stopped_at}: from SIGTERM to saved at most {max(times):.2f} s; no process left")
+
+
+@pytest.mark.sweep
+def test_a_hang_ends_a_job_of_torchrun(tmp_path):
+    """At the timeout of 5 seconds plus the 30 that torchrun gives the stopped process."""
+    run = torchrun(*flags_of(tmp_path, "--dist-timeout", 5), before=strike(signal.SIGSTOP, step=1, rank=1))
+    assert run.code(90) not in (0, None)
+    assert errors([run])[0].startswith("error: rank 0 lost rank 1: ")
+
+
+@pytest.mark.sweep
+def test_twenty_thousand_augmentations():
+    """Pillow has changed what RandAugment's operations accept."""
+    generator = np.random.default_rng(0)
+    images = [Image.fromarray(generator.integers(0, 256, (60, 80, 3), dtype=np.uint8)) for _ in range(20)]
+    transform = datasets.train_transform(64, aa="rand-m9-mstd0.5-inc1", color_jitter=0.4)
+    for seed in range(20_000):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        assert transform(images[seed % 20]).shape == (3, 64, 64)
