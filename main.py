@@ -7,7 +7,6 @@ import functools
 import inspect
 import itertools
 import math
-import os
 import resource
 import time
 from pathlib import Path
@@ -220,9 +219,6 @@ def parse_args(argv=None):
     parser._defaults.clear()
     given = set(vars(parser.parse_args(argv)))
     check_args(args, given)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and args.output_dir and not (args.eval or args.dry_run):
-        # The launcher's --max-restarts: the run that failed goes on, whatever it was started with.
-        args.resume, args.overwrite, args.start_epoch = "auto", False, None
     return args
 
 
@@ -930,6 +926,8 @@ def main(args):
     should_stop = utils.StopRequest()
     device = utils.init_distributed(args.device, args.dist_url, args.dist_timeout, args.world_size)
     folder = utils.open_output_folder(None if args.eval or args.dry_run else args.output_dir)
+    if folder is not None and folder.begun_by_launcher():  # --max-restarts: it goes on, however it was started
+        args = argparse.Namespace(**vars(args) | {"resume": "auto", "overwrite": False, "start_epoch": None})
     checkpoint = find_resume(args, folder)
     utils.run_status.begin(folder and folder.folder)
     amp_dtype = DTYPES[args.amp_dtype or ("float16" if device.type == "cuda" else "float32")]

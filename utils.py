@@ -740,6 +740,14 @@ class CheckpointFolder:
         others = sorted((path for path in others if path.exists()), key=lambda path: path.stat().st_mtime, reverse=True)
         return [path for path in first if path.exists()] + others
 
+    def begun_by_launcher(self) -> bool:
+        """Whether the run in the folder is this one before a restart: by the same torchrun, not just with its flags."""
+        launcher = None
+        if rank() == 0:
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                launcher = json.loads((self.folder / "status.json").read_text()).get("launcher")
+        return gather_objects(launcher is not None and launcher == _launcher())[0]
+
     def clear(self):
         """Deletes the checkpoints and TensorBoard's events of an earlier run, whose lines RunLog drops."""
         if rank() == 0:
@@ -832,6 +840,11 @@ def name_not_finite(state, name="checkpoint"):
     return next((found for key, value in items if (found := name_not_finite(value, f"{name} {key}"))), None)
 
 
+def _launcher():
+    """A name of the torchrun process that started this one, or None."""
+    return f"{socket.gethostname()} {os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+
 class RunStatus:
     """status.json, for scripts that requeue jobs: running, preempted, done, diverged or failed, and details.
 
@@ -848,7 +861,7 @@ class RunStatus:
     def write(self, status, **facts):
         if self.folder is None or rank() != 0:
             return
-        facts = {"status": status, **facts, "pid": os.getpid(), "host": socket.gethostname()}
+        facts = {"status": status, **facts, "pid": os.getpid(), "host": socket.gethostname(), "launcher": _launcher()}
         facts["time"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         with warn_of(OSError, "status.json not written"):
             write_atomically(self.folder / "status.json", lambda file: file.write(json.dumps(facts).encode()))

@@ -377,10 +377,21 @@ def test_another_optimizer_or_image_size_is_refused_on_resume(tmp_path):
         main.main(main.parse_args([*flags, *larger]))
 
 
-def test_a_restart_by_the_launcher_goes_on_whatever_the_run_was_started_with(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    args = main.parse_args(tiny_run("--output_dir", tmp_path, "--overwrite", "--start_epoch", 0))
-    assert (args.resume, args.overwrite, args.start_epoch) == ("auto", False, None)
+def test_a_restart_is_told_from_a_start_in_the_folder_of_another_run(folder, again, monkeypatch):
+    """torchrun restarts a start that was refused, too; that must not go on with the stranger's run."""
+    status = json.loads((folder / "status.json").read_text())
+    launched = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "1"}
+    refused = again(env=launched)
+    assert refused.code() == 2
+    assert "holds a run" in refused.text
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    (folder / "status.json").write_text(json.dumps(status | {"launcher": utils._launcher()}))
+    checkpoints = utils.CheckpointFolder(folder)
+    assert checkpoints.begun_by_launcher()
+    (folder / "status.json").write_text(json.dumps(status | {"launcher": "another 1"}))
+    assert not checkpoints.begun_by_launcher()
+    (folder / "status.json").unlink()
+    assert not checkpoints.begun_by_launcher()
 
 
 def test_a_log_edited_by_hand_does_not_stop_a_resume(tmp_path):
