@@ -1,16 +1,25 @@
 """What was made faster still computes the same: the closed form of the loss, and the attention of frozen teachers."""
 
+import copy
+import importlib.util
 import json
 
 import pytest
 import timm
 import torch
-from conftest import distil, tiny_run
+import torch._inductor.config
+from conftest import ROOT, distil, tiny_run
+from timm.optim import create_optimizer_v2
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import attention
 import losses
 import main
 import spectral
+import utils
+from engine import train_one_epoch
 
 SHAPES = [
     *((2, 3, 4, 4), (1, 1, 1, 1), (3, 2, 5, 7), (2, 4, 7, 5), (1, 5, 1, 6), (2, 2, 6, 1), (9, 3, 3, 3)),
@@ -64,6 +73,34 @@ def test_the_closed_form_gives_no_gradient_to_a_teacher_that_wants_none():
     spectral.closed_spectral_loss(student, teacher).backward()
     assert student.grad.abs().sum() > 0
     assert teacher.grad is None
+
+
+def peak_of(function):
+    """Most bytes that were allocated at one time while the function ran, beyond those before it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    held = torch.tensor([event.nbytes() for event in events]).cumsum(0)
+    return held.max().item()
+
+
+@pytest.mark.parametrize("teacher_channels", [48, 96])
+def test_the_closed_form_and_its_gradient_take_less_than_two_maps(teacher_channels):
+    student = torch.randn(16, 196, 48).transpose(1, 2).unflatten(2, (14, 14)).requires_grad_()
+    teacher = torch.randn(16, 196, teacher_channels).transpose(1, 2).unflatten(2, (14, 14))
+    map_bytes = 4 * student.numel()
+    assert peak_of(lambda: spectral.spectral_loss(student, teacher).backward()) > 3 * map_bytes
+    student.grad = None
+    assert map_bytes < peak_of(lambda: spectral.closed_spectral_loss(student, teacher).backward()) < 2 * map_bytes
+
+
+def test_the_gradient_of_the_closed_form_is_asked_for_once():
+    student, teacher = torch.randn(2, 2, 3, 4, 4)
+    loss = spectral.closed_spectral_loss(student.requires_grad_(), teacher)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="once"):
+        loss.backward()
 
 
 @pytest.mark.parametrize(
@@ -128,3 +165,134 @@ def test_a_compiled_run_has_the_terms_of_one_that_is_not(tmp_path):
         terms[compiled] = torch.tensor([line[f"train_{name}"] for name in ("loss", *losses.TERMS)])
         assert not [key for key in torch.load(folder / "checkpoint.pth", weights_only=True)["model"] if "_orig" in key]
     torch.testing.assert_close(terms["teacher"], terms["none"], rtol=1e-4, atol=0)
+
+
+def test_a_missing_compiler_is_said_in_one_line(capsys):
+    torch._dynamo.reset()
+    with torch._inductor.config.patch({"cpp.cxx": (None, "/nonexistent"), "force_disable_caches": True}):
+        assert not main.can_compile(torch.device("cpu"))
+    torch._dynamo.reset()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("--compile: no compiler works here")
+    assert "/nonexistent" in line
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the times that the host asks for a number of the device, for which it would wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def host_reads(num_steps, fused):
+    """Of an epoch with one console line."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    with HostReads() as reads:
+        train_one_epoch(
+            model,
+            spectral.FeatureHooks(model),
+            losses.DistillationLoss(nn.CrossEntropyLoss()),
+            [(torch.zeros(2, 3, 2, 2), torch.tensor([0, 1]))] * num_steps,
+            optimizer=create_optimizer_v2(model, opt="adamw", lr=1e-3, fused=fused),
+            scaler=torch.amp.GradScaler("cpu"),
+            meter=main.new_meter(),
+            epoch=0,
+            device=torch.device("cpu"),
+            prepare=nn.Identity(),
+            seed_step=lambda *where: None,
+            should_stop=lambda: False,
+            ema=main.ModelEmaV3(model),
+        )
+    return reads.count
+
+
+def test_no_step_waits_for_the_device_with_the_default_optimizer():
+    """Between console lines; what AdamW asks for without its fused kernel shows that this would be noticed."""
+    assert host_reads(8, fused=True) == host_reads(4, fused=True)
+    assert host_reads(8, fused=False) > host_reads(4, fused=False)
+
+
+def test_the_default_optimizer_is_the_fused_one():
+    args = main.parse_args(tiny_run())
+    optimizer, *_ = main.build_optimizer(args, nn.Linear(2, 2))
+    assert all(group["fused"] for group in optimizer.param_groups)
+
+
+def plain_formulation():
+    spec = importlib.util.spec_from_file_location("plain", ROOT / "benchmarks" / "plain.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Rows(utils.Meter):
+    """A meter that also keeps what it was given."""
+
+    def __init__(self, names):
+        super().__init__(names)
+        self.rows = []
+
+    def add(self, row):
+        super().add(row)
+        self.rows.append(row)
+
+
+def terms_by_hand(student, hooks, criterion, batches):
+    """(steps, terms) of a loop with AdamW, a tensor at a time."""
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0.0, foreach=False)
+    rows = []
+    for images, labels in batches:
+        terms = criterion(images, student(images), hooks.pop(), labels)
+        optimizer.zero_grad()
+        terms["loss"].backward()
+        optimizer.step()
+        rows.append([terms[name].item() for name in ("loss", *losses.TERMS)])
+    return torch.tensor(rows)
+
+
+def terms_by_engine(student, hooks, criterion, batches):
+    """(steps, terms) of the program's own epoch."""
+    meter = Rows(["loss", *losses.TERMS])
+    train_one_epoch(
+        student,
+        hooks,
+        criterion,
+        batches,
+        optimizer=create_optimizer_v2(student, opt="adamw", lr=1e-3, weight_decay=0.0, fused=True),
+        scaler=main.ConstantScaler("cpu"),
+        meter=meter,
+        epoch=0,
+        device=torch.device("cpu"),
+        prepare=nn.Identity(),
+        seed_step=lambda *where: None,
+        should_stop=lambda: False,
+    )
+    return torch.tensor(meter.rows)
+
+
+def test_twenty_steps_have_the_terms_of_the_plain_formulation():
+    """timm's teacher and two stacked transforms; rounding of float32, which training enlarges."""
+    torch.manual_seed(0)
+    model = timm.create_model("deit_tiny_patch16_224", img_size=64, embed_dim=24, depth=4, num_heads=3, num_classes=5)
+    teacher = timm.create_model("cait_s24_224", img_size=64, embed_dim=48, depth=3, num_heads=4, num_classes=5)
+    for parameter in teacher.parameters():  # fresh layer scales would hide the attention
+        parameter.detach().add_(torch.randn_like(parameter), alpha=0.05)
+    batches = [(torch.randn(4, 3, 64, 64), torch.randint(5, (4,))) for _ in range(20)]
+    ways = {
+        "plain": (plain_formulation().spectral_loss, copy.deepcopy(teacher), terms_by_hand),
+        "fast": (spectral.closed_spectral_loss, attention.speed_up(copy.deepcopy(teacher)), terms_by_engine),
+    }
+    terms = {}
+    for name, (feature_loss, frozen, train) in ways.items():
+        student = copy.deepcopy(model)
+        hooks, frozen = spectral.FeatureHooks(student, [0, 3]), losses.FrozenTeacher(frozen, [0, 2])
+        criterion = losses.DistillationLoss(nn.CrossEntropyLoss(), "soft", frozen, 0.9, feature_loss=feature_loss)
+        terms[name] = train(student, hooks, criterion, batches)
+    assert terms["plain"].shape == (20, 4)
+    assert terms["plain"][-1, 0] < terms["plain"][0, 0]
+    torch.testing.assert_close(terms["fast"], terms["plain"], rtol=1e-4, atol=0)
