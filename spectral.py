@@ -228,8 +228,8 @@ def mse_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return (student - teacher).square().mean() * (width / (4 * (width // 2 + 1)))
 
 
-FEATURE_LOSSES = {"spectral": spectral_loss, "mse": mse_loss}
-SPECTRAL_LOSSES = {"fft": spectral_loss, "closed": closed_spectral_loss}
+SPECTRAL_LOSSES = {"fft": spectral_loss, "closed": closed_spectral_loss}  # one number, by two ways
+FEATURE_LOSSES = {**SPECTRAL_LOSSES, "mse": mse_loss}
 
 
 def layerwise_spectrum(maps: Tensor) -> Tensor:

@@ -841,8 +841,13 @@ def name_not_finite(state, name="checkpoint"):
 
 
 def _launcher():
-    """A name of the torchrun process that started this one, or None."""
-    return f"{socket.gethostname()} {os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else None
+    """A name of the torchrun process that started this one, or None; with its start, as containers reuse numbers."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    with contextlib.suppress(OSError):
+        start = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19]  # clock ticks since boot
+        return f"{socket.gethostname()} {os.getppid()} {start}"
+    return None
 
 
 class RunStatus:

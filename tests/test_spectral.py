@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from spectral import FEATURE_LOSSES, FeatureHooks, align, describe_blocks, mse_loss, spectral_loss
+from spectral import FEATURE_LOSSES, SPECTRAL_LOSSES, FeatureHooks, align, describe_blocks, mse_loss, spectral_loss
 
 GOLDEN = Path(__file__).parent / "golden"
 VIT = {"img_size": 64, "embed_dim": 24, "depth": 4, "num_heads": 3}
@@ -312,11 +312,12 @@ def naive_loss(student, teacher):
     return (difference.real**2 + difference.imag**2).sum() / (2 * difference.numel())
 
 
+@pytest.mark.parametrize("loss_of", SPECTRAL_LOSSES.values(), ids=SPECTRAL_LOSSES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_loss_and_gradient_equal_a_naive_transform(shape):
+def test_loss_and_gradient_equal_a_naive_transform(shape, loss_of):
     student, teacher = pair(shape, shape)
     student.requires_grad_()
-    loss = spectral_loss(student, teacher)
+    loss = loss_of(student, teacher)
     (grad,) = torch.autograd.grad(loss, student)
     expected = naive_loss(student, teacher)
     (expected_grad,) = torch.autograd.grad(expected, student)
@@ -326,13 +327,15 @@ def test_loss_and_gradient_equal_a_naive_transform(shape):
     torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-7)
 
 
-def test_pooled_pairs_have_the_loss_of_their_pooled_maps():
+@pytest.mark.parametrize("loss_of", SPECTRAL_LOSSES.values(), ids=SPECTRAL_LOSSES)
+def test_pooled_pairs_have_the_loss_of_their_pooled_maps(loss_of):
     student, teacher = pair((2, 6, 4, 4), (2, 12, 8, 8))
     pooled = naive_pool(naive_pool(naive_pool(teacher, 6, 1), 4, 2), 4, 3)
-    torch.testing.assert_close(spectral_loss(student, teacher).double(), naive_loss(student, pooled), rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss_of(student, teacher).double(), naive_loss(student, pooled), rtol=1e-6, atol=0)
 
 
-def test_golden_pairs_have_the_original_loss_and_gradient():
+@pytest.mark.parametrize("loss_of", SPECTRAL_LOSSES.values(), ids=SPECTRAL_LOSSES)
+def test_golden_pairs_have_the_original_loss_and_gradient(loss_of):
     golden = np.load(GOLDEN / "layer_loss.npz")
     cases = sorted({key.split("/")[0] for key in golden})
     assert len(cases) == 8
@@ -341,7 +344,7 @@ def test_golden_pairs_have_the_original_loss_and_gradient():
             torch.from_numpy(golden[f"{case}/{name}"]) for name in ("student", "teacher", "grad_student")
         )
         student.requires_grad_()
-        loss = spectral_loss(student, teacher)
+        loss = loss_of(student, teacher)
         (grad,) = torch.autograd.grad(loss, student)
         torch.testing.assert_close(loss.item(), float(golden[f"{case}/loss"]), rtol=1e-6, atol=0)
         torch.testing.assert_close(grad, wanted_grad, rtol=1e-4, atol=1e-8)
