@@ -94,7 +94,7 @@ def add_student_flags(add):
     add("--num-classes", type=AT_LEAST_ONE, help="classes of the head; default: those of the data set")
     add("--pretrained", action="store_true", help="start from timm's own weights")
     add("--finetune", default="", help="start from the weights of this file or URL")
-    add("--drop", type=PART, default=0.0, help="dropout probability")
+    add("--drop", type=PART, default=0.0, help="dropout probability; timm's ViTs have it before the head")
     add("--drop-path", type=PART, default=0.0, help="stochastic depth probability")
     add("--attn-only", action="store_true", help="train attention, position embedding and head only")
     add("--train-mode", action=ON_OFF, default=True, help="off: no dropout and no stochastic depth")
@@ -858,6 +858,8 @@ def describe_pairs(args, model, hooks, teacher, device):
     with utils.as_user_error(f"--input-size {args.input_size} does not fit {name}: ", AssertionError, RuntimeError):
         _, teacher_maps = teacher(image)
     blocks = spectral.describe_blocks(model), spectral.describe_blocks(teacher.model)
+    if hooks.ids:
+        utils.say(f"pairs of blocks: {args.model} <- {args.teacher_model}")
     for i, j, s, t in zip(hooks.ids, teacher.hooks.ids, student_maps, teacher_maps, strict=True):
         aligned = spectral.align(s, t)
         pooled = [who for who, a, b in (("student", s, aligned[0]), ("teacher", t, aligned[1])) if a.shape != b.shape]
