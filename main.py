@@ -859,7 +859,7 @@ def describe_pairs(args, model, hooks, teacher, device):
         _, teacher_maps = teacher(image)
     blocks = spectral.describe_blocks(model), spectral.describe_blocks(teacher.model)
     if hooks.ids:
-        utils.say(f"pairs of blocks: {args.model} <- {args.teacher_model}")
+        utils.say(f"pairs of blocks (student {args.model}, teacher {args.teacher_model}):")
     for i, j, s, t in zip(hooks.ids, teacher.hooks.ids, student_maps, teacher_maps, strict=True):
         aligned = spectral.align(s, t)
         pooled = [who for who, a, b in (("student", s, aligned[0]), ("teacher", t, aligned[1])) if a.shape != b.shape]
