@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets import CIFAR100, ImageFolder
-from torchvision.datasets.folder import default_loader
 
 DATA_SETS = ("IMNET", "CIFAR", "INAT", "INAT19", "GRATINGS")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
@@ -79,10 +78,17 @@ class LastImage:
     def __call__(self, path):
         if path != self.path:
             try:
-                self.path, self.image = path, default_loader(path)
+                self.path, self.image = path, _decode(path)
             except Exception as error:
                 raise BadImageError(f"cannot read image {path}: {error}") from None
         return self.image
+
+
+def _decode(path):
+    """The pixels of torchvision's default loader, which copies an image that is RGB already."""
+    with Image.open(path) as image:
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")
 
 
 class BadImageError(RuntimeError):

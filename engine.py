@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import functools
 import itertools
 import time
 
@@ -82,7 +83,8 @@ def train_one_epoch(
         first, last = accumulation_group(step, num_steps, accum_steps)
         if step == first:
             buffers.keep()
-        images, labels = prepare(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
+        images, labels = to_device((images, labels), device)
+        images = prepare(images)
         if mixup is not None:
             images, labels = mixup(images, labels)
         with gradients_synchronised(model, step == last):
@@ -113,6 +115,28 @@ def train_one_epoch(
         if stop:
             return step + 1
     return num_steps
+
+
+def to_device(batch, device):
+    """The tensors of a batch on the device.
+
+    On a GPU they are copied on a stream of their own, beside the steps that still compute there. Only the copy is
+    early: what draws random numbers stays inside its seeded step.
+    """
+    if device.type != "cuda":
+        return [tensor.to(device) for tensor in batch]
+    copies, computing = copy_stream(device), torch.cuda.current_stream(device)
+    with torch.cuda.stream(copies):
+        batch = [tensor.to(device, non_blocking=True) for tensor in batch]
+    computing.wait_stream(copies)
+    for tensor in batch:
+        tensor.record_stream(computing)  # its memory is not given away while a step still reads it
+    return batch
+
+
+@functools.cache
+def copy_stream(device):
+    return torch.cuda.Stream(device)
 
 
 def accumulation_group(step, num_steps, accum_steps):
@@ -269,8 +293,8 @@ def evaluate(model, loader, *, device, prepare, amp_dtype=torch.float32, sharded
             return None
         if batch is None:
             continue
-        images, labels = batch
-        images, labels = prepare(images.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
+        images, labels = to_device(batch, device)
+        images = prepare(images)
         with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype != torch.float32):
             logits = model(images)
         logits = logits.float()

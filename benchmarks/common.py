@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import platform
+import resource
 import statistics
 import time
 from importlib.metadata import version
@@ -38,8 +39,13 @@ def start(args):
     """Sets threads and seed, and prints where this runs."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    for name, value in machine(args).items():
-        print(f"{name}: {value}")
+    if first_process():
+        for name, value in machine(args).items():
+            print(f"{name}: {value}")
+
+
+def first_process():
+    return os.environ.get("RANK", "0") == "0"
 
 
 def machine(args):
@@ -94,6 +100,8 @@ def report(title, times, baseline, items=None, unit="images/s"):
         baseline: the name of the variant that the others are compared with.
         items: things done in one run, for a rate.
     """
+    if not first_process():
+        return
     print(f"\n{title}")
     print(f"| variant | n | median ms | quartiles | {f'{unit} | ' if items else ''}times {baseline} | quartiles |")
     print(f"|---|---|---|---|{'---|' if items else ''}---|---|")
@@ -106,6 +114,13 @@ def report(title, times, baseline, items=None, unit="images/s"):
             f"{ratios[1]:.2f} | {ratios[0]:.2f} to {ratios[2]:.2f} |",
             flush=True,
         )
+
+
+def peak_memory(args) -> int:
+    """Most bytes that this process has held so far: of the GPU, or of the machine's memory."""
+    if args.device != "cpu":
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def quartiles(values):
@@ -124,5 +139,5 @@ def make_jpegs(folder, num_images, size=(500, 375)):
 
 
 def write_json(args, **results):
-    if args.json:
+    if args.json and first_process():
         Path(args.json).write_text(json.dumps({"machine": machine(args), **results}, indent=1))

@@ -42,21 +42,33 @@ class Job(NamedTuple):
 def add_flags(parser):
     parser.add_argument("--model", default="deit_tiny_patch16_224", help="student")
     parser.add_argument("--teacher-model", default="cait_s24_224", choices=IDS, help="teacher, with random weights")
+    parser.add_argument("--pairs", type=int, default=8, help="how many of the published pairs, from the first")
     parser.add_argument("--batch-size", type=int, default=16, help="images a process and step")
+    parser.add_argument("--input-size", type=int, default=224, help="side of the images, pixels")
     parser.add_argument("--amp-dtype", default="float32", choices=main.DTYPES, help="autocast dtype")
     parser.add_argument("--compile", default="none", choices=main.COMPILE, help="what the fast job compiles")
 
 
+def ids_of(args):
+    """(student's, teacher's) block ids."""
+    return [ids[: args.pairs] for ids in IDS[args.teacher_model]]
+
+
+def timm_model(name, args):
+    return timm.create_model(name, num_classes=NUM_CLASSES, img_size=args.input_size)
+
+
 def fast_job(args, *more):
     """The program's own job, with further flags of main.py."""
-    student_ids, teacher_ids = ([str(i) for i in ids] for ids in IDS[args.teacher_model])
+    student_ids, teacher_ids = ([str(i) for i in ids] for ids in ids_of(args))
     with tempfile.NamedTemporaryFile(suffix=".pth") as file:
-        torch.save(timm.create_model(args.teacher_model, num_classes=NUM_CLASSES).state_dict(), file.name)
+        torch.save(timm_model(args.teacher_model, args).state_dict(), file.name)
         own = main.parse_args(
             [
                 *("--model", args.model, "--teacher-model", args.teacher_model, "--teacher-path", file.name),
                 *("--distillation-type", "soft", "--s-id", *student_ids, "--t-id", *teacher_ids),
                 *("--data-set", "GRATINGS", "--batch-size", str(args.batch_size), "--device", args.device),
+                *("--input-size", str(args.input_size)),
                 *("--amp-dtype", args.amp_dtype, "--compile", args.compile, *more),
             ]
         )
@@ -91,11 +103,11 @@ def fast_job(args, *more):
 def plain_job(args):
     """The same job in the plain formulation."""
     device = torch.device(args.device)
-    student_ids, teacher_ids = IDS[args.teacher_model]
-    model = timm.create_model(args.model, num_classes=NUM_CLASSES).to(device)
+    student_ids, teacher_ids = ids_of(args)
+    model = timm_model(args.model, args).to(device)
     ema = plain.Ema(model, 0.99996)
     hooks = spectral.FeatureHooks(model, student_ids)
-    teacher = timm.create_model(args.teacher_model, num_classes=NUM_CLASSES).to(device)
+    teacher = timm_model(args.teacher_model, args).to(device)
     criterion = losses.DistillationLoss(
         nn.CrossEntropyLoss(label_smoothing=0.1),
         "soft",

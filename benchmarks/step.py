@@ -58,7 +58,7 @@ def main():
     jobs.add_flags(parser)
     args = parser.parse_args()
     common.start(args)
-    images = torch.randn(args.batch_size, 3, 224, 224, device=args.device)
+    images = torch.randn(args.batch_size, 3, args.input_size, args.input_size, device=args.device)
     labels = torch.randint(jobs.NUM_CLASSES, (args.batch_size,), device=args.device)
     amp_dtype = program.DTYPES[args.amp_dtype]
     plain = Parts(jobs.plain_job(args), images, labels, amp_dtype)

@@ -247,7 +247,9 @@ def test_the_last_image_is_decoded_once_and_has_the_pixels_of_a_fresh_decode(tmp
 @pytest.mark.parametrize("mode", ["L", "CMYK", "RGB"])
 def test_images_of_other_modes_become_rgb(tmp_path, mode):
     picture(0).convert(mode).save(tmp_path / "image.jpg")
-    assert LastImage()(tmp_path / "image.jpg").mode == "RGB"
+    image = LastImage()(tmp_path / "image.jpg")
+    assert image.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(default_loader(tmp_path / "image.jpg")))
 
 
 @pytest.mark.parametrize("options", [{"aa": "rand-m9-mstd0.5-inc1"}, {"three_augment": True, "color_jitter": 0.4}])
