@@ -691,21 +691,13 @@ class RunState:
         The flags win over what the file says of learning rate and schedule, and differences are said.
 
         Raises:
-            utils.UserError: the file lacks something or does not fit.
+            utils.UserError: the file does not fit.
         """
-        missing = [key for key in ("model", "optimizer", "epoch") if key not in checkpoint]
-        if missing:
-            raise utils.UserError(f"--resume: the file has no '{missing[0]}', so training cannot go on: use --finetune")
         weights, own = utils.extract_weights(checkpoint), self.model.state_dict()
         changed = [key for key in weights.keys() & own.keys() if weights[key].shape != own[key].shape]
         if changed:  # the optimizer's moments would not fit
             raise utils.UserError(
                 f"--resume: the file is of another model or image size ({changed[0]}): use --finetune"
-            )
-        before = stored_args(checkpoint).get("opt", args.opt)
-        if before != args.opt:
-            raise utils.UserError(
-                f"--resume: --opt was {before} and is {args.opt}: use --finetune to start with another"
             )
         models.load_weights(self.model, weights)
         self._load_optimizer(checkpoint["optimizer"])
@@ -809,9 +801,19 @@ def find_resume(args, folder):
         checkpoint = utils.load_checkpoint(args.resume) if args.resume else None
     if folder is not None and args.overwrite:
         folder.clear()
-    if checkpoint is not None and folder is not None:
+    if checkpoint is not None and not (args.eval or args.export):
+        check_resume(args, checkpoint)
         match_world_size(args, checkpoint)
     return checkpoint
+
+
+def check_resume(args, checkpoint):
+    missing = [key for key in ("model", "optimizer", "epoch") if key not in checkpoint]
+    if missing:
+        raise utils.UserError(f"--resume: the file has no '{missing[0]}', so training cannot go on: use --finetune")
+    before = stored_args(checkpoint).get("opt", args.opt)
+    if before != args.opt:
+        raise utils.UserError(f"--resume: --opt was {before} and is {args.opt}: use --finetune to start with another")
 
 
 def match_world_size(args, checkpoint):
@@ -931,6 +933,9 @@ def main(args):
     checkpoint = find_resume(args, folder)
     utils.run_status.begin(folder and folder.folder)
     amp_dtype = DTYPES[args.amp_dtype or ("float16" if device.type == "cuda" else "float32")]
+
+    if not args.eval:
+        build_optimizer(args, nn.Linear(1, 1))  # a mistake in its flags shows with any parameters
 
     # Data
     dataset_train, dataset_val = build_datasets(args)

@@ -92,6 +92,7 @@ def exit_codes(*user_errors):
 def _finish(code, status, error, alone=False):
     """`alone`: say it also where the store that the processes share does not answer."""
     line = _one_line(error)
+    sys.unraisablehook = lambda _: None  # a loader that was stopped half-built complains when it is deleted
     if _ask_store(lambda store: store.add("errors", 1) == 1, alone or rank() == 0):
         print(f"{'error: ' if code < 128 else ''}{line}", file=sys.stderr, flush=True)
     run_status.write(status, reason=line)

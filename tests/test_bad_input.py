@@ -37,6 +37,9 @@ def places(tmp_path_factory, teacher_file):
     torch.save(timm.create_model("cait_s24_224", num_classes=24, **native).state_dict(), root / "hub.pth")
     whole = torch.load(teacher_file, weights_only=True)
     torch.save({"model": whole}, root / "only_weights.pth")
+    run = {"model": whole, "optimizer": {}, "epoch": 0, "world_size": 2, "args": {"opt": "adamw"}}
+    torch.save(run, root / "of_two_processes.pth")
+    torch.save(run | {"world_size": 1, "args": {"opt": "sgd"}}, root / "of_sgd.pth")
     (root / "truncated.pth").write_bytes(teacher_file.read_bytes()[:5000])
     (root / "file").write_text("no checkpoint")
     (root / "empty").mkdir()
@@ -47,6 +50,8 @@ def places(tmp_path_factory, teacher_file):
         "empty_class",
         "other_classes",
         "only_weights.pth",
+        "of_two_processes.pth",
+        "of_sgd.pth",
         "truncated.pth",
         "hub.pth",
         "file",
@@ -76,6 +81,14 @@ BEFORE_A_MODEL = {
     "no INAT there": (f"{IMNET} --data-set INAT --data-path {{empty}}", "categories.json does not exist"),
     "resume missing": (f"{TINY} --resume {{empty}}/x.pth", "--resume .*x.pth does not exist"),
     "resume a folder": (f"{TINY} --resume {{empty}}", "--resume .*empty is a folder"),
+    "resume truncated": (f"{TINY} --resume {{truncated}}", "truncated.pth is damaged"),
+    "resume no checkpoint": (f"{EVAL} --resume {{file}}", "file is damaged or no checkpoint"),
+    "resume without optimizer": (f"{TINY} --resume {{only_weights}}", "has no 'optimizer'.*: use --finetune"),
+    "resume with other processes": (
+        f"{TINY} --resume {{of_two_processes}}",
+        "2 processes wrote the checkpoint and 1 are here: start 2, or give --allow-world-size-change",
+    ),
+    "resume with another optimizer": (f"{TINY} --resume {{of_sgd}}", "--opt was sgd and is adamw: use --finetune"),
     "finetune missing": (f"{TINY} --finetune {{empty}}/x.pth", "--finetune .*x.pth does not exist"),
     "teacher missing": (f"{TINY} {DISTIL} --teacher-path x.pth", "--teacher-path x.pth does not exist"),
     "output_dir a file": (f"{TINY} --output_dir {{file}}", "--output_dir .*file cannot be written"),
@@ -114,6 +127,8 @@ BEFORE_A_MODEL = {
     "no such GPU": (f"{TINY} --device cuda:99", "--device cuda:99: this machine has [0-9]+ GPUs; try --device cpu"),
     "unknown flag": (f"{TINY} --mixupp 0", "unrecognized arguments: --mixupp"),
     "shortened flag": (f"{TINY} --distillation-t soft", "unrecognized arguments: --distillation-t"),
+    "unknown optimizer": (f"{TINY} --opt adamwww", "--opt adamwww: "),
+    "unknown scheduler": (f"{TINY} --sched cosinus", "--sched cosinus: "),
     # distillation
     "ids of different length": (f"{TINY} {DISTIL} --t-id 0 1", "--s-id has 3 ids but --t-id has 2: give one teacher"),
     "only student ids": (f"{TINY} --distillation-type fft --s-id 0", "--s-id has 1 ids but --t-id has 0"),
@@ -139,6 +154,7 @@ BEFORE_A_MODEL = {
         "--eval-ema scores on --device|this machine has 0 GPUs",
     ),
     "plateau from the middle": (f"{TINY} --sched plateau --start_epoch 3", "--start_epoch: --sched plateau goes by"),
+    "no cool-down": (f"{TINY} --sched step --cooldown-epochs 2", "has no cool-down"),
     "three parts of noise": (f"{TINY} --lr-noise 0.1 0.5 0.9", "where the noise begins and ends, not 3 numbers"),
     "unknown augmentation": (f"{TINY} --aa foo", "--aa foo: Unknown AA policy foo"),
     "huge seed": (f"{TINY} --seed 100000000000000000000000", "--seed: expected a whole number"),
@@ -155,12 +171,9 @@ BEFORE_A_MODEL = {
     "export without weights": (f"{TINY} --export x", "--export needs the checkpoint"),
 }
 
-# Only a model can tell these.
+# Only a model can tell these: its blocks, its head, the sizes and arguments that it takes, the weights that fit.
 WITH_A_MODEL = {
-    "resume truncated": (f"{TINY} --resume {{truncated}}", "truncated.pth is damaged"),
-    "resume no checkpoint": (f"{EVAL} --resume {{file}}", "file is damaged or no checkpoint"),
     "resume of another model": (f"{EVAL} --resume {{teacher}}", "weights do not fit deit_tiny_patch16_224"),
-    "resume without optimizer": (f"{TINY} --resume {{only_weights}}", "has no 'optimizer'.*: use --finetune"),
     "teacher of another model": (
         f"{TINY} {DISTIL} --teacher-model deit_tiny_patch16_224",
         "weights do not fit deit_tiny_patch16_224",
@@ -186,10 +199,7 @@ WITH_A_MODEL = {
         f"{IMNET} --data-path {{images}} --eval --pretrained {CAIT} {HUB}",
         "--pretrained weights are for 24 classes, the data set has 2",
     ),
-    "no cool-down": (f"{TINY} --sched step --cooldown-epochs 2", "has no cool-down"),
     "unknown model argument": (f"{TINY} --model-kwargs dpeth=3", "timm cannot build deit_tiny_patch16_224: .*dpeth"),
-    "unknown optimizer": (f"{TINY} --opt adamwww", "--opt adamwww: "),
-    "unknown scheduler": (f"{TINY} --sched cosinus", "--sched cosinus: "),
 }
 
 

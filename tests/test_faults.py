@@ -482,10 +482,26 @@ def test_unreadable_images_are_replaced_up_to_a_number(allowed, code, images, tm
     assert str(bad) in run.text
 
 
-def test_a_loader_worker_that_is_killed_ends_the_run_with_one_line(tmp_path):
+WHILE_THE_LOADER_IS_BUILT = """
+import os, signal, time
+from multiprocessing import active_children
+from torch.utils.data._utils import signal_handling
+watch = signal_handling._set_SIGCHLD_handler
+def watch_and_kill():
+    watch()
+    for worker in active_children():
+        os.kill(worker.pid, signal.SIGKILL)
+    time.sleep(60)
+signal_handling._set_SIGCHLD_handler = watch_and_kill
+"""
+
+
+@pytest.mark.parametrize("before", ["", WHILE_THE_LOADER_IS_BUILT], ids=["in an epoch", "while the loader is built"])
+def test_a_loader_worker_that_is_killed_ends_the_run_with_one_line(tmp_path, before):
     """As the kernel does when memory is short."""
-    run = fork(*flags_of(tmp_path, "--epochs", 500, "--num_workers", 1)).says("Epoch: [0]")
-    os.kill(min(descendants(run.pid)), signal.SIGKILL)
+    run = fork(*flags_of(tmp_path, "--epochs", 500, "--num_workers", 1), before=before)
+    if not before:
+        os.kill(min(descendants(run.says("Epoch: [0]").pid)), signal.SIGKILL)
     assert run.code() == 2
     line = r"error: DataLoader worker .*(killed by signal: Killed|exited unexpectedly).*fewer --num_workers.*"
     assert re.fullmatch(line, run.text.splitlines()[-1])
