@@ -6,7 +6,6 @@
 The measures are those of section 3 of arXiv 2412.19055, with controls beside them; `KEYS` says what is written.
 """
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -47,12 +46,7 @@ PROFILES = ("spectrum", "radial_frequency", "radial_power")
 
 
 def get_args_parser():
-    parser = Parser(
-        description="Spectral analysis of the blocks of timm models.",
-        fromfile_prefix_chars="@",
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser("Spectral analysis of the blocks of timm models.")
     add = parser.add_argument_group("models").add_argument
     add("--model", help="any timm model, with timm's own weights unless --checkpoint or --random is given")
     add("--model-kwargs", nargs="*", default=[], metavar="KEY=VALUE", help="its arguments, where no run names them")
@@ -71,11 +65,8 @@ def get_args_parser():
     add("--data-path", help="its folder, of which val/ is enough; default: that of the first run")
     add("--inat-category", choices=datasets.INAT_CATEGORIES, help="level that is the class (INAT*); default: name")
     add("--input-size", type=number(int, 1), help="side of the images, pixels; default: each model's own")
-    add(
-        "--eval-crop-ratio",
-        type=number(float, 0.01, 1),
-        help="centre crop's part; default: the first run's, or 0.875",
-    )
+    share = number(float, 0.01, 1)
+    add("--eval-crop-ratio", type=share, help="centre crop's part; default: the first run's, or 0.875")
     add("--num-images", type=number(int, 1), default=32, help="validation images, drawn by --seed from all")
     add("--first", action="store_true", help="the first ones instead, as in the paper; in ImageNet all of one class")
     add("--batch-size", type=number(int, 1), default=64, help="images a step")
@@ -93,7 +84,12 @@ def get_args_parser():
     add("--output_dir", "--output-dir", default="", help="folder of numbers and figures; default: print only")
     add("--pdf", action="store_true", help="figures as PDF, too")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    add("--seed", type=number(int, 0), default=0, help="seed of the images, of shuffled channels, of random weights")
+    add(
+        "--seed",
+        type=number(int, 0, 2**62),
+        default=0,
+        help="seed of the images, of shuffled channels, of random weights",
+    )
     return parser
 
 
@@ -117,6 +113,15 @@ def check_args(args):
             raise utils.UserError(f"--compare: {name} is given {names.count(name)} times: use different names")
     if (args.suggest is None) != (args.student is None):
         raise utils.UserError("--suggest N and --student MODEL need each other: give both")
+    for flag, given, needs in (
+        ("--pdf", args.pdf, "output_dir"),
+        ("--student-kwargs", args.student_kwargs, "student"),
+        ("--ema", args.ema and not args.compare, "checkpoint"),
+    ):
+        if given and not getattr(args, needs):
+            raise utils.UserError(f"{flag} has no effect without --{needs}: leave it out")
+    if args.model and Path(args.model).exists():
+        raise utils.UserError(f"--model {args.model} is a path: give it as --checkpoint")
     for name in (args.model, args.student):
         if name:
             models.check_name(name)
@@ -169,8 +174,7 @@ def read_weights(name, model, path, args):
     checkpoint = utils.load_checkpoint(path)
     with utils.as_user_error(f"{path}: ", utils.UserError):
         weights = utils.extract_weights(checkpoint, ema=args.ema)
-    run = checkpoint.get("args") or {}
-    run = run if isinstance(run, dict) else vars(run)
+    run = utils.stored_args(checkpoint)
     model = model or run.get("model") or args.model
     if not model:
         raise utils.UserError(f"{path} does not say which model it is for: give --model, or MODEL:{path}")
@@ -244,12 +248,13 @@ def analyse(subject, dataset, data, args):
     workers = min(args.num_workers, math.ceil(len(data["images"]) / args.batch_size))
     pin = device.type == "cuda"
     loader = datasets.build_loader(dataset, data["images"], args.batch_size, workers, drop_last=False, pin_memory=pin)
-    for images in progress(loader, subject.name):
-        with utils.as_user_error(f"{subject.name}, --input-size {input_size}: ", AssertionError, RuntimeError):
-            model(prepare(images.to(device)))
-            maps = hooks.pop()
-        for profile, block_maps in zip(profiles, maps, strict=True):
-            profile.add(block_maps)
+    with utils.as_user_error("", datasets.BadImageError):
+        for images, _ in tqdm(loader, desc=subject.name, unit="batch", disable=None):
+            with utils.as_user_error(f"{subject.name}, --input-size {input_size}: ", AssertionError, RuntimeError):
+                model(prepare(images.to(device)))
+                maps = hooks.pop()
+            for profile, block_maps in zip(profiles, maps, strict=True):
+                profile.add(block_maps)
     blocks = [
         {"module": block["module"], "reduction": block["reduction"], "shape": profile.shape, **profile.result()}
         for block, profile in zip(described, profiles, strict=True)
@@ -258,15 +263,6 @@ def analyse(subject, dataset, data, args):
     if not np.isfinite(analysis.curve("rms")).all():
         raise utils.UserError(f"{subject.name}: its features are not finite: use other weights")
     return analysis
-
-
-def progress(loader, name):
-    """The loader's images behind a progress bar, which only a terminal gets to see."""
-    try:
-        for images, _ in tqdm(loader, desc=name, unit="batch", disable=None):
-            yield images
-    except datasets.BadImageError as error:  # a worker puts a traceback before it
-        raise utils.UserError(str(error).strip().splitlines()[-1].partition("BadImageError: ")[2] or error) from None
 
 
 def say_curves(analysis):

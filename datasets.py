@@ -7,17 +7,16 @@ on the device, which is a quarter of the float traffic.
 import json
 import math
 import random
-from multiprocessing import Value
+from multiprocessing import Array
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
-from timm.data.auto_augment import auto_augment_transform
 from timm.data.loader import fast_collate
 from timm.data.random_erasing import RandomErasing
-from timm.data.transforms import MaybePILToTensor, RandomResizedCropAndInterpolation, str_to_interp_mode
+from timm.data.transforms import MaybePILToTensor, str_to_interp_mode
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
@@ -95,7 +94,7 @@ class BadImageError(RuntimeError):
     """A file that is no readable image."""
 
 
-class INaturalist(Dataset):
+class INaturalist(ImageFolder):
     """iNaturalist 2018 or 2019 as DeiT lays it out: train<year>.json, val<year>.json, categories.json and the images.
 
     The class of an image is its category's entry at the level `category`, numbered in the order in which the levels
@@ -127,15 +126,7 @@ class INaturalist(Dataset):
             if label is None:
                 raise ValueError(f"the {category} of {image['file_name']} is not among those of train{year}.json")
             self.samples.append((str(path), label))
-        self.transform, self.loader = transform, LastImage()
-
-    def __len__(self):
-        return len(self.samples)
-
-    def __getitem__(self, index):
-        path, label = self.samples[index]
-        image = self.loader(path)
-        return (self.transform(image) if self.transform else image), label
+        self.transform, self.target_transform, self.loader = transform, None, LastImage()
 
 
 def _read_json(path):
@@ -169,23 +160,16 @@ def train_transform(
             jitter, instead of `aa`.
         simple_crop: DeiT III's crop: resize, then a random crop with 4 pixels of reflected border.
     """
-    if three_augment:
-        crop = RandomResizedCropAndInterpolation(input_size, interpolation=interpolation)
-        if simple_crop:
-            crop = _resized_random_crop(input_size, interpolation)
-        jitter = [transforms.ColorJitter(color_jitter, color_jitter, color_jitter)] if color_jitter else []
-        parts = [crop, transforms.RandomHorizontalFlip(hflip), auto_augment_transform("3a", {}), *jitter]
-        return transforms.Compose([*parts, MaybePILToTensor()])
     transform = create_transform(
         input_size,
         is_training=True,
         hflip=hflip,
         color_jitter=color_jitter,
-        auto_augment=aa,
+        auto_augment="3a" if three_augment else aa,
         interpolation=interpolation,
         use_prefetcher=True,  # leaves uint8 pixels
     )
-    if input_size <= SMALL_IMAGE:
+    if input_size <= SMALL_IMAGE and not three_augment:
         transform.transforms[0] = _resized_random_crop(input_size, interpolation, "constant")
     elif simple_crop:
         transform.transforms[0] = _resized_random_crop(input_size, interpolation)
@@ -233,13 +217,14 @@ class SeededDataset(Dataset):
 
     Args:
         dataset: map-style data set with random transforms.
-        bad_images: how many unreadable files to replace by the next readable sample before giving up, counted over
-            the workers of this process.
+        bad_images: how many unreadable files to replace by the next readable sample before giving up, over the workers
+            of this process.
     """
 
     def __init__(self, dataset, bad_images=0):
         self.dataset = dataset
-        self.budget = Value("i", bad_images)
+        self.allowed = bad_images
+        self.bad = Array("b", len(dataset))  # 1 for each unreadable file met; shared by the workers
 
     def __len__(self):
         return len(self.dataset)
@@ -253,15 +238,18 @@ class SeededDataset(Dataset):
             try:
                 return self.dataset[index]
             except BadImageError as error:
-                self._spend(error)
+                self._replace(index, error)
                 index = (index + 1) % len(self.dataset)
 
-    def _spend(self, error):
-        with self.budget.get_lock():
-            if self.budget.value == 0:
-                raise error
-            self.budget.value -= 1
-            print(f"warning: {error}; taking the next one, {self.budget.value} more allowed", flush=True)
+    def _replace(self, index, error):
+        """Counts a bad image, once however often it comes."""
+        with self.bad.get_lock():
+            if not self.bad[index]:
+                more = self.allowed - sum(self.bad) - 1
+                if more < 0:
+                    raise error
+                self.bad[index] = 1
+                print(f"warning: {error}; taking the next one, {more} more allowed", flush=True)
 
 
 def build_loader(
@@ -283,6 +271,7 @@ def build_loader(
         drop_last=drop_last,
         persistent_workers=num_workers > 0,
         timeout=timeout if num_workers > 0 else 0,
+        multiprocessing_context="fork" if num_workers > 0 else None,  # the workers know their parent by its number
         worker_init_fn=worker_init_fn,
     )
 

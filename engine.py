@@ -34,7 +34,7 @@ def train_one_epoch(
     accum_steps=1,
     clip_grad=None,
     mixup=None,
-    ema=None,
+    update_ema=None,
     watch=None,
     train_mode=True,
     print_freq=10,
@@ -46,21 +46,21 @@ def train_one_epoch(
         hooks: its `pop()` gives the maps of the model's latest forward.
         criterion: (images, outputs, maps, labels) -> dict of scalar terms, whose `loss` is minimised.
         loader: yields uint8 images (B, 3, H, W) and int64 labels (B,), from `start_step` on.
-        scaler: a GradScaler. It is enabled in every precision, because it skips a step whose gradient is not finite
-            without asking the device; where no scaling is wanted its scale is a constant 1.
+        scaler: a GradScaler. It is enabled in every precision, because it skips a step whose gradient is not finite,
+            with a fused optimizer without asking the device; where no scaling is wanted its scale is a constant 1.
         meter: a utils.Meter of the terms; keeps the epoch's sums across a resume.
         prepare: uint8 images on the device -> float32 input.
-        seed_step: called with (epoch, step) before each step to seed its randomness.
+        seed_step: called with (epoch, batch of it) before each batch to seed its randomness.
         should_stop: collective; true when the processes are to stop at this step boundary.
         start_step: batches of this epoch that are done already.
         amp_dtype: autocast's dtype; float32 switches autocast off.
         accum_steps: batches per optimizer step. A last group that is not full counts with its own size.
         clip_grad: largest gradient norm, or None.
         mixup: (images, labels) -> (images, labels), or None.
-        ema: has `update(model)`, or None.
+        update_ema: called after each optimizer step, or None.
         watch: the run's DivergenceWatch, which counts across epochs; None for one of this epoch alone.
         train_mode: False keeps the model in eval mode (no dropout) while it trains.
-        print_freq: steps between console lines; between them the device is never waited for.
+        print_freq: batches between console lines; between them this function never waits for the device.
 
     Returns:
         The number of batches done; less than the epoch's where a stop was asked for.
@@ -102,8 +102,8 @@ def train_one_epoch(
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         buffers.put_back_unless(norm.isfinite())
-        if ema is not None:
-            ema.update(unwrap(model))
+        if update_ema is not None:
+            update_ema()
         watch.note(rows[-(last - first + 1) :], norm, step)
         stop = should_stop()
         if stop or len(rows) >= print_freq or step + 1 == num_steps:
@@ -148,13 +148,6 @@ def accumulation_group(step, num_steps, accum_steps):
 def gradients_synchronised(model, wanted):
     """DistributedDataParallel adds gradients up over the processes only in the last batch of a group."""
     return model.no_sync() if not wanted and hasattr(model, "no_sync") else contextlib.nullcontext()
-
-
-def unwrap(model):
-    """The bare model inside DistributedDataParallel and torch.compile."""
-    for name in ("module", "_orig_mod"):
-        model = getattr(model, name, model)
-    return model
 
 
 def spoil_unless_finite(loss):

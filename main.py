@@ -19,7 +19,7 @@ from timm.loss import BinaryCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import PlateauLRScheduler, create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV3, distribute_bn
 from torch import nn
 from torch.amp import GradScaler
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -50,12 +50,7 @@ ON_OFF = argparse.BooleanOptionalAction
 
 
 def get_args_parser():
-    parser = Parser(
-        description="Distil a vision transformer by spectral feature matching.",
-        fromfile_prefix_chars="@",
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser("Distil a vision transformer by spectral feature matching.")
     add_data_flags(parser.add_argument_group("data").add_argument)
     add_student_flags(parser.add_argument_group("student").add_argument)
     add_teacher_flags(parser.add_argument_group("teacher and distillation").add_argument)
@@ -74,12 +69,8 @@ def add_data_flags(add):
     add("--inat-category", default="name", choices=datasets.INAT_CATEGORIES, help="level that is the class (INAT*)")
     add("--gratings-sizes", nargs=2, type=AT_LEAST_ONE, metavar=("TRAIN", "VAL"), help="images of GRATINGS")
     add("--input-size", type=AT_LEAST_ONE, default=224, help="side of the input images, pixels")
-    add(
-        "--eval-crop-ratio",
-        type=number(float, 0.01, 1),
-        default=0.875,
-        help="centre crop's part of the resized image",
-    )
+    share = number(float, 0.01, 1)
+    add("--eval-crop-ratio", type=share, default=0.875, help="centre crop's part of the resized image")
     add("--batch-size", type=AT_LEAST_ONE, default=64, help="images a process and step")
     add("--num_workers", "--num-workers", type=COUNT, default=10, help="loader processes a process")
     add("--pin-mem", action=ON_OFF, default=True, help="page-locked batches, for faster copies to a GPU")
@@ -149,12 +140,17 @@ def add_optimisation_flags(add):
     add("--unscale-lr", action="store_true", help="take --lr as it is")
     add("--sched", default="cosine", help="any timm scheduler")
     add("--lr-noise", nargs="+", type=PART, help="part or parts of the epochs with a noisy learning rate")
-    add("--lr-noise-pct", type=AMOUNT, default=0.67, help="limit of that noise")
+    add("--lr-noise-pct", type=POSITIVE, default=0.67, help="limit of that noise")
     add("--lr-noise-std", type=AMOUNT, default=1.0, help="its standard deviation")
     add("--warmup-lr", type=AMOUNT, default=1e-6, help="learning rate at the start of the warm-up")
     add("--min-lr", type=AMOUNT, default=1e-5, help="lowest learning rate of the schedule")
-    add("--decay-epochs", type=POSITIVE, default=30, help="epochs between decays (step)")
-    add("--decay-rate", type=POSITIVE, default=0.1, help="factor of a decay (step, plateau)")
+    add(
+        "--decay-epochs",
+        type=POSITIVE,
+        default=30,
+        help="epochs between decays (step), or of the last decay (wsd, rsqrt)",
+    )
+    add("--decay-rate", type=POSITIVE, default=0.1, help="factor of a decay (step, multistep, plateau), power (poly)")
     add("--warmup-epochs", type=COUNT, default=5, help="epochs of warm-up")
     add("--cooldown-epochs", type=COUNT, default=0, help="epochs at --min-lr after --epochs")
     add("--patience-epochs", type=COUNT, default=10, help="epochs without a gain before a decay (plateau)")
@@ -238,21 +234,26 @@ def check_args(args, given):
     check_names(args)
     if args.eval or args.export:
         return  # a training command with --eval added is fine
-    for needs, used, names in UNUSED:
-        for name in names:
-            if name in given and not used(args):
-                raise utils.UserError(f"--{name.replace('_', '-')} has no effect without {needs}: leave it out")
+    for line in without_effect(UNUSED, args, given):
+        raise utils.UserError(f"{line}: leave it out")
+    for line in without_effect(NOTED, args, given):
+        utils.say(line)
     check_pairs(args)
     check_schedule(args, given)
+    check_optimizer(args, given)
     if args.eval_ema and args.model_ema_force_cpu and torch.device(args.device).type != "cpu":
         raise utils.UserError("--eval-ema scores on --device, where --model-ema-force-cpu keeps no average: give one")
     if args.ThreeAugment and "aa" in given:
         raise utils.UserError("--aa and --ThreeAugment exclude each other: give one")
-    if args.train_interpolation == "random" and (args.src or args.input_size <= datasets.SMALL_IMAGE):
+    if args.train_interpolation == "random" and (args.src or small_images(args)):
         raise utils.UserError(
             "--train-interpolation random is of DeiT's random resized crop, which --src and small images do without: "
             "give bicubic or bilinear"
         )
+    if args.cutmix_minmax and "cutmix" in given:
+        raise utils.UserError("--cutmix-minmax sets the cut in place of --cutmix: give one")
+    if args.cutmix_minmax and args.cutmix_minmax[0] >= args.cutmix_minmax[1]:
+        raise utils.UserError("--cutmix-minmax takes the lower limit, then the upper one")
     if mixup_wanted(args) and args.batch_size % 2:
         raise utils.UserError(
             f"--mixup and --cutmix mix pairs of images: give an even --batch-size, not {args.batch_size}"
@@ -262,6 +263,7 @@ def check_args(args, given):
 
 
 SPECTRAL_FLAGS = ("s_id", "t_id", "w_fft", "distillation_beta", "feature_loss", "spectral_impl")
+WITHOUT_MINIMUM = ("step", "multistep", "constant")  # schedules that do not know --min-lr
 UNUSED = (  # (what the flags need, whether it is there, the flags)
     (
         "--distillation-type soft, hard or fft",
@@ -273,13 +275,58 @@ UNUSED = (  # (what the flags need, whether it is there, the flags)
     ("--data-set GRATINGS", lambda args: args.data_set == "GRATINGS", ("gratings_sizes",)),
     ("--data-set INAT or INAT19", lambda args: args.data_set.startswith("INAT"), ("inat_category",)),
     ("--model-ema", lambda args: args.model_ema, ("model_ema_decay", "model_ema_force_cpu", "eval_ema")),
-    ("--mixup or --cutmix", lambda args: mixup_wanted(args), ("mixup_prob", "mixup_switch_prob", "mixup_mode")),
+    ("--mixup or --cutmix", lambda args: mixup_wanted(args), ("mixup_prob", "mixup_mode")),
+    (
+        "both --mixup and --cutmix",
+        lambda args: args.mixup > 0 and (args.cutmix > 0 or args.cutmix_minmax),
+        ("mixup_switch_prob",),
+    ),
+    ("larger images or --ThreeAugment", lambda args: not small_images(args), ("src",)),
     ("--reprob above 0", lambda args: args.reprob > 0, ("remode", "recount")),
     ("--lr-noise", lambda args: args.lr_noise, ("lr_noise_pct", "lr_noise_std")),
     ("a later timm", lambda args: inspect.getsource(Scheduler).count("self.noise_std") > 1, ("lr_noise_std",)),
     ("--sched plateau", lambda args: args.sched == "plateau", ("patience_epochs",)),
     ("--output_dir", lambda args: args.output_dir, ("save_every", "overwrite", "spectra_every")),
 )
+NOTED = (  # the same, of flags that stay in a command line while others change: said, not refused
+    ("a data set of files", lambda args: args.data_set != "GRATINGS", ("data_path",)),
+    ("a data set of image files", lambda args: args.data_set not in ("GRATINGS", "CIFAR"), ("skip_bad_images",)),
+    ("larger images", lambda args: args.input_size > datasets.SMALL_IMAGE, ("eval_crop_ratio",)),
+    ("--aa none or --ThreeAugment", lambda args: jitters(args), ("color_jitter",)),
+    ("--train-mode", lambda args: args.train_mode, ("drop", "drop_path")),
+    ("a teacher", lambda args: args.compile != "teacher" or args.distillation_type != "none", ("compile",)),
+    ("--warmup-epochs above 0", lambda args: args.warmup_epochs > 0, ("warmup_lr",)),
+    ("--sched step, wsd or rsqrt", lambda args: args.sched in ("step", "wsd", "rsqrt"), ("decay_epochs",)),
+    (
+        "--sched step, multistep, plateau or poly",
+        lambda args: args.sched in ("step", "multistep", "plateau", "poly"),
+        ("decay_rate",),
+    ),
+    ("a --sched that goes down to it", lambda args: args.sched not in WITHOUT_MINIMUM, ("min_lr",)),
+    ("--distillation-alpha above 0", lambda args: args.distillation_alpha > 0, ("distillation_tau",)),
+    (
+        "--w-fft and --distillation-beta above 0",
+        lambda args: args.distillation_type == "none" or args.w_fft * args.distillation_beta > 0,
+        ("s_id", "t_id", "feature_loss", "spectral_impl"),
+    ),
+)
+
+
+def without_effect(rows, args, given):
+    """A line for each flag that was given and that nothing will read."""
+    for needs, used, names in rows:
+        for name in names:
+            if name in given and not used(args):
+                yield f"--{name.replace('_', '-')} has no effect without {needs}"
+
+
+def small_images(args):
+    """Whether images are padded and cropped, as CIFAR's are, rather than cropped and resized."""
+    return args.input_size <= datasets.SMALL_IMAGE and not args.ThreeAugment
+
+
+def jitters(args):
+    return args.ThreeAugment or args.aa.lower() in ("", "none") or "3a" in args.aa
 
 
 def check_modes(args):
@@ -293,6 +340,11 @@ def check_modes(args):
         raise utils.UserError("--eval-ema: --pretrained weights have no moving average: leave it out")
     if args.pretrained and args.finetune:
         raise utils.UserError("--pretrained and --finetune both set the first weights: give one")
+    if args.resume not in ("", "auto") and (args.pretrained or args.finetune):
+        other = "--finetune" if args.finetune else "--pretrained"
+        raise utils.UserError(f"--resume brings the weights, so {other} has no effect: leave it out")
+    if args.resume == "auto" and args.start_epoch is not None:
+        raise utils.UserError("--start_epoch would begin there anew at each --resume auto: name the file to resume")
     if args.resume == "auto" and not args.output_dir:
         raise utils.UserError("--resume auto looks into --output_dir, which is not given: name the run's folder")
     if args.resume and args.overwrite:
@@ -309,7 +361,8 @@ def check_paths(args):
     for flag, path in (("resume", args.resume), ("finetune", args.finetune), ("teacher-path", teacher_path)):
         if path and path != "auto" and "://" not in path and not Path(path).is_file():
             found = "is a folder" if Path(path).is_dir() else "does not exist"
-            raise utils.UserError(f"--{flag} {path} {found}: name a file of weights")
+            hint = f", or give --output_dir {path} --resume auto" if flag == "resume" and Path(path).is_dir() else ""
+            raise utils.UserError(f"--{flag} {path} {found}: name a file of weights{hint}")
 
 
 def check_names(args):
@@ -321,7 +374,9 @@ def check_names(args):
     if args.distillation_type != "none" and not args.eval:
         models.check_name(args.teacher_model)
     utils.check_device(args.device)
-    key_values(args.model_kwargs + args.teacher_kwargs)
+    for flag, pairs in (("--model-kwargs", args.model_kwargs), ("--teacher-kwargs", args.teacher_kwargs)):
+        with utils.as_user_error(f"{flag}: ", utils.UserError):
+            key_values(pairs)
 
 
 def check_pairs(args):
@@ -336,8 +391,8 @@ def check_pairs(args):
         raise utils.UserError("the feature loss needs --s-id and --t-id: give both, or --w-fft 0")
     if weight == 0 and args.distillation_type == "fft":
         raise utils.UserError("--distillation-type fft is the feature loss alone: give --w-fft above 0")
-    if weight == 0 and args.s_id:
-        utils.say("--s-id and --t-id have no effect: --w-fft 0 leaves the feature loss out")
+    if weight == 0 and args.distillation_alpha == 0:
+        raise utils.UserError("the teacher has no part in this loss: give --distillation-alpha or --w-fft above 0")
 
 
 def check_schedule(args, given):
@@ -351,8 +406,21 @@ def check_schedule(args, given):
         raise utils.UserError("--start_epoch: --sched plateau goes by the accuracies so far: give --resume alone")
     if args.lr_noise and len(args.lr_noise) > 2:
         raise utils.UserError(f"--lr-noise takes where the noise begins and ends, not {len(args.lr_noise)} numbers")
-    if args.min_lr > args.lr:
-        utils.say(f"warning: --min-lr {args.min_lr:g} is above --lr {args.lr:g}")
+    if args.lr_noise and args.lr_noise != sorted(set(args.lr_noise)):
+        raise utils.UserError("--lr-noise ends before it begins: give the smaller number first")
+
+
+def check_optimizer(args, given):
+    """What timm makes of the flags of optimizer and schedule shows with any parameters."""
+    plain = argparse.Namespace(**vars(args) | {"opt_eps": None, "opt_betas": None})
+    defaults = build_optimizer(plain, nn.Linear(1, 1))[0].defaults
+    for flag, option in (("momentum", "momentum"), ("opt_eps", "eps")):
+        if flag in given and option not in defaults:
+            utils.say(f"--{flag.replace('_', '-')} has no effect with --opt {args.opt}")
+    num_betas = len(defaults.get("betas", ()))
+    if args.opt_betas and len(args.opt_betas) != num_betas:
+        raise utils.UserError(f"--opt-betas: --opt {args.opt} has {num_betas}, not {len(args.opt_betas)}")
+    build_optimizer(args, nn.Linear(1, 1))
 
 
 # Building
@@ -442,8 +510,9 @@ def build_student(args, num_classes):
             f"--pretrained: the weights' head has {own_classes} classes, not {num_classes}; a fresh head is trained"
         )
     if args.finetune:
-        weights = utils.extract_weights(utils.load_checkpoint(args.finetune), ema=args.eval and args.eval_ema)
-        replaced = models.load_weights(model, weights, replace_head=not args.eval)
+        with utils.as_user_error(f"--finetune {args.finetune}: ", utils.UserError):
+            weights = utils.extract_weights(utils.load_checkpoint(args.finetune), ema=args.eval and args.eval_ema)
+            replaced = models.load_weights(model, weights, replace_head=not args.eval)
         if replaced:
             utils.say(f"--finetune: the file's head has {replaced} classes, not {num_classes}; a fresh head is trained")
     if hasattr(model, "set_distilled_training"):
@@ -486,7 +555,8 @@ def build_teacher(args, num_classes, device, student):
             "give --teacher-path, the weights of a teacher of these classes"
         )
     if args.teacher_path:
-        models.load_weights(model, utils.extract_weights(utils.load_checkpoint(args.teacher_path)))
+        with utils.as_user_error(f"--teacher-path {args.teacher_path}: ", utils.UserError):
+            models.load_weights(model, utils.extract_weights(utils.load_checkpoint(args.teacher_path)))
     scale, shift = losses.renormalisation(normalisation(student), normalisation(model), device)
     with utils.as_user_error("--t-id: ", ValueError):
         model = attention.speed_up(model.to(device))
@@ -572,7 +642,7 @@ def build_optimizer(args, model):
             noise_pct=args.lr_noise_pct,
             noise_std=args.lr_noise_std,
         )
-        if args.cooldown_epochs and args.sched != "plateau" and num_epochs == args.epochs:
+        if args.cooldown_epochs and num_epochs == args.epochs:
             raise ValueError("timm's schedule of this name has no cool-down: leave --cooldown-epochs out")
         if scheduler is None:  # what older releases of timm say of an unknown name
             raise ValueError("timm has no such scheduler")
@@ -688,7 +758,7 @@ class RunState:
     def load(self, checkpoint, args):
         """Goes on where a checkpoint of ours, of DeiT or of the original stands.
 
-        The flags win over what the file says of learning rate and schedule, and differences are said.
+        The flags win over what the file says of learning rate and schedule, plateau's excepted; differences are said.
 
         Raises:
             utils.UserError: the file does not fit.
@@ -712,7 +782,7 @@ class RunState:
         if self.step:
             self.meter.load_state_dict(checkpoint["meter"])
         self.best_accuracy, self.best_epoch = checkpoint.get("max_accuracy", 0.0), checkpoint.get("best_epoch", -1)
-        say_changes(args, stored_args(checkpoint))
+        say_changes(args, utils.stored_args(checkpoint))
         self._set_schedule(checkpoint)
 
     def start_at(self, epoch):
@@ -760,11 +830,6 @@ def milestone(args, epoch):
     return epoch if args.save_every and (epoch + 1) % args.save_every == 0 else None
 
 
-def stored_args(checkpoint):
-    args = checkpoint.get("args") or {}
-    return args if isinstance(args, dict) else vars(args)
-
-
 def say_changes(args, stored):
     for name, value in vars(args).items():
         if name not in ("resume", "start_epoch", "overwrite") and name in stored and stored[name] != value:
@@ -773,7 +838,7 @@ def say_changes(args, stored):
 
 def resumed_step(args, checkpoint):
     """The step of the epoch in progress to go on with, also where a step has other images than before."""
-    step, stored = checkpoint.get("step", 0), stored_args(checkpoint)
+    step, stored = checkpoint.get("step", 0), utils.stored_args(checkpoint)
     before = stored.get("batch_size", args.batch_size) * checkpoint.get("world_size", utils.world_size())
     now = args.batch_size * utils.world_size()
     if before == now and stored.get("accum_steps", args.accum_steps) == args.accum_steps:
@@ -792,6 +857,8 @@ def find_resume(args, folder):
         if path is None and (args.eval or args.export):
             raise utils.UserError(f"--resume auto: there is no checkpoint in {args.output_dir}: name a file")
         utils.say(f"--resume auto: {path}" if path else "--resume auto: no checkpoint yet, a fresh run")
+        if path and (args.finetune or args.pretrained):
+            utils.say("--resume auto: the first weights, of --finetune or --pretrained, are those of its first start")
     else:
         inside = folder is not None and Path(args.resume).resolve().parent == folder.folder.resolve()
         if folder is not None and not args.overwrite and folder.files() and not (args.resume and inside):
@@ -799,8 +866,6 @@ def find_resume(args, folder):
                 f"{folder.folder} holds a run: --resume auto goes on with it, --overwrite starts anew"
             )
         checkpoint = utils.load_checkpoint(args.resume) if args.resume else None
-    if folder is not None and args.overwrite:
-        folder.clear()
     if checkpoint is not None and not (args.eval or args.export):
         check_resume(args, checkpoint)
         match_world_size(args, checkpoint)
@@ -811,7 +876,7 @@ def check_resume(args, checkpoint):
     missing = [key for key in ("model", "optimizer", "epoch") if key not in checkpoint]
     if missing:
         raise utils.UserError(f"--resume: the file has no '{missing[0]}', so training cannot go on: use --finetune")
-    before = stored_args(checkpoint).get("opt", args.opt)
+    before = utils.stored_args(checkpoint).get("opt", args.opt)
     if before != args.opt:
         raise utils.UserError(f"--resume: --opt was {before} and is {args.opt}: use --finetune to start with another")
 
@@ -847,21 +912,20 @@ def stop_early(args, state, folder, number, num_steps):
 def describe_pairs(args, model, hooks, teacher, device):
     """Runs a black image through both models and says which map is matched with which, and what is pooled."""
     image = torch.zeros(1, 3, args.input_size, args.input_size, device=device)
-    training = model.training
     with utils.as_user_error(
         f"--input-size {args.input_size} does not fit {args.model}: ", AssertionError, RuntimeError
     ):
         model.eval()(image)
         student_maps = hooks.pop()
-    model.train(training)
     if teacher is None:
         return
     name = args.teacher_model
     with utils.as_user_error(f"--input-size {args.input_size} does not fit {name}: ", AssertionError, RuntimeError):
         _, teacher_maps = teacher(image)
+    if not hooks.ids:
+        return
     blocks = spectral.describe_blocks(model), spectral.describe_blocks(teacher.model)
-    if hooks.ids:
-        utils.say(f"pairs of blocks (student {args.model}, teacher {args.teacher_model}):")
+    utils.say(f"pairs of blocks (student {args.model}, teacher {args.teacher_model}):")
     for i, j, s, t in zip(hooks.ids, teacher.hooks.ids, student_maps, teacher_maps, strict=True):
         aligned = spectral.align(s, t)
         pooled = [who for who, a, b in (("student", s, aligned[0]), ("teacher", t, aligned[1])) if a.shape != b.shape]
@@ -891,7 +955,13 @@ def dry_run(args, train, loader, device, num_epochs):
 def score(args, model, loader, scoring, checkpoint):
     """--eval: the accuracy of the weights that --resume, --finetune or --pretrained gave."""
     if checkpoint is not None:
-        models.load_weights(model, utils.extract_weights(checkpoint, ema=args.eval_ema))
+        with utils.as_user_error(f"--resume {args.resume}: ", utils.UserError):
+            models.load_weights(model, utils.extract_weights(checkpoint, ema=args.eval_ema))
+        stored = utils.stored_args(checkpoint)
+        for name in ("data_set", "input_size", "eval_crop_ratio"):
+            if stored.get(name, getattr(args, name)) != getattr(args, name):
+                flag = f"--{name.replace('_', '-')}"
+                utils.say(f"--eval: the run had {flag} {stored[name]}, this scores with {flag} {getattr(args, name)}")
     return say_accuracy(evaluate(model, loader, **scoring))
 
 
@@ -933,9 +1003,6 @@ def main(args):
     checkpoint = find_resume(args, folder)
     utils.run_status.begin(folder and folder.folder)
     amp_dtype = DTYPES[args.amp_dtype or ("float16" if device.type == "cuda" else "float32")]
-
-    if not args.eval:
-        build_optimizer(args, nn.Linear(1, 1))  # a mistake in its flags shows with any parameters
 
     # Data
     dataset_train, dataset_val = build_datasets(args)
@@ -985,6 +1052,8 @@ def main(args):
     batch, lr = (utils.world_size(), args.batch_size, args.accum_steps), optimizer.param_groups[0]["initial_lr"]
     utils.say(f"{len(dataset_train)} training and {len(dataset_val)} validation images; learning rate {lr:.4g}")
     utils.say(f"global batch {math.prod(batch)}: {batch[0]} processes x {batch[1]} images x {batch[2]} accumulated")
+    if args.min_lr > lr and args.sched not in WITHOUT_MINIMUM:
+        utils.say(f"warning: --min-lr {args.min_lr:g} is above this learning rate")
     if folder is None:
         utils.say("warning: nothing of this run is kept, because there is no --output_dir")
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -1006,12 +1075,14 @@ def main(args):
         accum_steps=args.accum_steps,
         clip_grad=args.clip_grad,
         mixup=build_mixup(args, num_classes),
-        ema=ema,
+        update_ema=ema and functools.partial(ema.update, model),
         watch=DivergenceWatch(),
         train_mode=args.train_mode,
     )
     if args.dry_run:
         return dry_run(args, train, loader_train, device, num_epochs)
+    if folder is not None and args.overwrite:
+        folder.clear()
     log = utils.RunLog(args.output_dir, vars(args) | {"world_size": utils.world_size()}, state.epoch)
     should_stop.between_steps(args.dist_timeout)
     while state.epoch < num_epochs:
@@ -1021,7 +1092,9 @@ def main(args):
         state.step = train(loader_train, meter=state.meter, epoch=epoch, start_step=start_step)
         seconds = time.perf_counter() - began
         whole = state.step == num_steps
-        utils.share_statistics(device, model, *([ema.module] if ema is not None else []))
+        if utils.world_size() > 1:
+            for network in (model, ema.module) if args.eval_ema else (model,):
+                distribute_bn(network, utils.world_size())
         test = evaluate(model, loader_val, should_stop=should_stop, **scoring) if whole else None
         test_ema = None
         if test is not None and args.eval_ema:

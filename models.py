@@ -12,10 +12,12 @@ import utils
 
 
 def check_name(name):
-    """Raises a utils.UserError that names timm's nearest models where timm has no model of this name."""
+    """Raises a utils.UserError where timm has no model, or no weights, of this name, and names the nearest models."""
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
         raise utils.UserError(f"timm has no model {name}: try {' or '.join(near) or 'one of timm.list_models()'}")
+    with utils.as_user_error("", RuntimeError):
+        timm.models.get_pretrained_cfg(name)  # complains of weights that it does not have
 
 
 def build_model(name, num_classes, *, input_size=224, kwargs=None, pretrained=False, drop=0.0, drop_path=0.0):

@@ -149,8 +149,7 @@ def spectral_loss(student: Tensor, teacher: Tensor) -> Tensor:
     D = rfft2(student - teacher), orthonormal: the transform is linear, so one of the difference is enough. The loss is
     the mean of (Re D)^2 and (Im D)^2 over all 2 B C H K numbers. Because the orthonormal transform keeps energy, this
     is feature MSE with weight W / 4K plus a penalty on the means of each row's even and of its odd columns (of the
-    whole row where W is odd). `closed_spectral_loss` is the same number for a
-    fraction of the work.
+    whole row where W is odd). `closed_spectral_loss` is the same number for a fraction of the work.
 
     Args:
         student, teacher: maps (B, C, H, W) of any floating dtype; differing C, H, W are pooled by `align`.

@@ -14,14 +14,8 @@ from pathlib import Path, PurePath
 # Arguments that leave the result alone. Every other one keeps runs apart, flags of later versions included.
 NEUTRAL = ["output_dir", "resume", "start_epoch", "overwrite", "save_every", "eval", "eval_ema", "export", "dry_run"]
 NEUTRAL += ["dist_eval", "dist_url", "dist_timeout", "device", "num_workers", "pin_mem", "loader_timeout"]
-NEUTRAL += [
-    "spectral_impl",
-    "spectra_every",
-    "allow_world_size_change",
-    "skip_bad_images",
-    "model_ema_force_cpu",
-    "seed",
-]
+NEUTRAL += ["spectral_impl", "spectra_every", "allow_world_size_change", "skip_bad_images", "model_ema_force_cpu"]
+NEUTRAL += ["seed", "compile"]
 NEUTRAL += ["world_size", "batch_size", "accum_steps"]  # their product is what counts
 FEATURE = ["s_id", "t_id", "feature_loss"]
 TEACHER = ["teacher_model", "teacher_path", "teacher_kwargs", "distillation_alpha", "distillation_tau", "w_fft"]
@@ -65,6 +59,13 @@ PUBLISHED = (  # (ImageNet-1K top-1 of the best epoch in percent, source, settin
     (74.5, DEIT_PAPER, HARD | {"model": "deit_tiny_distilled_patch16_224"}),
     (81.2, DEIT_PAPER, HARD | {"model": "deit_small_distilled_patch16_224"}),
 )
+PARAMETERS = {  # with ImageNet's 1000 classes, which flags alone do not tell
+    "deit_tiny_patch16_224": 5_717_416,
+    "deit_small_patch16_224": 22_050_664,
+    "swin_tiny_patch4_window7_224": 28_288_354,
+    "deit_tiny_distilled_patch16_224": 5_910_800,
+    "deit_small_distilled_patch16_224": 22_436_432,
+}
 
 
 # Reading
@@ -142,7 +143,7 @@ def read_epochs(log):
 
 def num_epochs(args):
     """Length of the run; timm's schedules that go in cycles have the cool-down on top."""
-    cyclic = args["sched"].startswith(("cosine", "tanh", "poly", "wsd"))
+    cyclic = args["sched"].startswith(("cosine", "tanh", "poly", "wsd", "rsqrt"))
     return args["epochs"] + (args["cooldown_epochs"] if cyclic else 0)
 
 
@@ -225,8 +226,9 @@ def make_row(runs, teachers):
         # A seed that was run twice says nothing of the spread over seeds.
         row[f"{name}_std"] = statistics.stdev(values) if len(set(seeds)) == len(values) > 1 else None
     row |= dict.fromkeys(("gain_no_teacher", "gain_no_teacher_se", "gain_soft_kd", "gain_soft_kd_se"))
-    row["published"], row["source"] = published(known)
     row["parameters"] = run.epochs[max(run.epochs)].get("n_parameters")
+    imagenet = row["parameters"] == PARAMETERS.get(known.get("model"))
+    row["published"], row["source"] = published(known) if imagenet else (None, None)
     row["logs"] = [str(r.log) for r in runs]
     return row
 

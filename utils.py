@@ -68,7 +68,9 @@ def exit_codes(*user_errors):
         yield
     except (Stopped, KeyboardInterrupt) as stop:
         stop = stop if isinstance(stop, Stopped) else Stopped(signal.SIGINT)
-        code = _finish(128 + stop.number, "preempted", stop)
+        # A launcher stops the others where one process fails: that is no reason to requeue the job.
+        failed = _ask_store(lambda store: store.add("faults", 0) > 0, False)
+        code = _finish(128 + stop.number, "failed" if failed else "preempted", stop)
     except Diverged as error:
         code = _finish(3, "diverged", error)
     except (UserError, *user_errors) as error:
@@ -77,9 +79,13 @@ def exit_codes(*user_errors):
         if str(error).startswith("DataLoader"):
             error = UserError(f"{_one_line(error)}: give fewer --num_workers, more memory or a longer --loader-timeout")
             code = _finish(2, "failed", error)
+        elif isinstance(error, torch.cuda.OutOfMemoryError):
+            error = UserError(f"{_one_line(error)} Lower --batch-size, and raise --accum-steps as much")
+            code = _finish(2, "failed", error)
         elif _lost_contact(error):
             code = _finish(1, "failed", _who_is_silent(error), alone=True)
         else:
+            _ask_store(lambda store: store.add("faults", 1), 0)
             run_status.write("failed", reason=_one_line(error))
             raise
     finally:
@@ -93,7 +99,12 @@ def _finish(code, status, error, alone=False):
     """`alone`: say it also where the store that the processes share does not answer."""
     line = _one_line(error)
     sys.unraisablehook = lambda _: None  # a loader that was stopped half-built complains when it is deleted
-    if _ask_store(lambda store: store.add("errors", 1) == 1, alone or rank() == 0):
+
+    def is_first(store):
+        store.add("faults", int(code < 128))
+        return store.add("errors", 1) == 1
+
+    if _ask_store(is_first, alone or rank() == 0):
         print(f"{'error: ' if code < 128 else ''}{line}", file=sys.stderr, flush=True)
     run_status.write(status, reason=line)
     return code
@@ -156,8 +167,7 @@ def as_user_error(prefix, *kinds):
     try:
         yield
     except kinds as error:
-        message = str(error).strip() or type(error).__name__
-        raise UserError(f"{prefix}{message}") from error
+        raise UserError(f"{prefix}{_one_line(error)}") from error
 
 
 @contextlib.contextmanager
@@ -181,6 +191,10 @@ def say(*words):
 
 class Parser(argparse.ArgumentParser):
     """Reads `@file` arguments, one flag a line, with # comments; an error is one line and exit code 2."""
+
+    def __init__(self, description):
+        style = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(description=description, fromfile_prefix_chars="@", allow_abbrev=False, formatter_class=style)
 
     def convert_arg_line_to_args(self, line):
         return re.split(r"(?:^|\s)#", line, maxsplit=1)[0].split()
@@ -403,18 +417,6 @@ def sum_over_ranks(tensor):
     return tensor
 
 
-@torch.no_grad()
-def share_statistics(device, *models):
-    """Gives all processes the first one's running statistics (BatchNorm), so that they score and keep one network."""
-    if not dist.is_initialized():
-        return
-    norms = [m for model in models for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
-    for buffer in (buffer for norm in norms for buffer in norm.buffers()):
-        shared = buffer.to(device)  # a moving average may be kept on the host
-        dist.broadcast(shared, 0)
-        buffer.copy_(shared)
-
-
 def gather_objects(value) -> list:
     """The values of all processes, in the order of their ranks."""
     if not dist.is_initialized():
@@ -543,18 +545,21 @@ class RunLog:
         self.start_epoch, self.writer, self.pending = start_epoch, None, []
         if self.folder is None:
             return
+        with as_user_error("TensorBoard cannot be imported: ", Exception):  # slow, and needed by one process only
+            from torch.utils.tensorboard import SummaryWriter
+        self.new_writer = SummaryWriter
         self.path = self.folder / "log.txt"
         arguments = json.dumps(arguments, indent=1).encode()
         with warn_of(OSError, "args.json not written"):
             write_atomically(self.folder / "args.json", lambda file: file.write(arguments))
         with as_user_error(f"{self.path} cannot be written: ", OSError):
             if self.path.exists():
-                lines = [
-                    line
-                    for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines()
-                    if _epoch_of(line) < start_epoch
-                ]
-                kept = "".join(line + "\n" for line in lines).encode()
+                lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+                kept = "".join(line + "\n" for line in lines if _epoch_of(line) < start_epoch).encode()
+                again = sum(start_epoch <= _epoch_of(line) < math.inf for line in lines)
+                if again:
+                    say(f"{again} epochs of log.txt come again; log_previous.txt keeps their lines")
+                    keep_copy(self.path, self.folder / "log_previous.txt")
                 write_atomically(self.path, lambda file: file.write(kept))
 
     def epoch(self, stats: dict):
@@ -585,9 +590,7 @@ class RunLog:
 
     def _scalars(self, stats):
         if self.writer is None:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed by one process only
-
-            self.writer = SummaryWriter(str(self.folder), purge_step=self.start_epoch or None)
+            self.writer = self.new_writer(str(self.folder), purge_step=self.start_epoch or None)
             self.start_epoch = 0  # only what an earlier run wrote is to be purged
         for name, value in stats.items():
             if isinstance(value, list):  # a curve over blocks
@@ -742,12 +745,9 @@ class CheckpointFolder:
         return [path for path in first if path.exists()] + others
 
     def begun_by_launcher(self) -> bool:
-        """Whether the run in the folder is this one before a restart: by the same torchrun, not just with its flags."""
-        launcher = None
-        if rank() == 0:
-            with contextlib.suppress(OSError, ValueError, AttributeError):
-                launcher = json.loads((self.folder / "status.json").read_text()).get("launcher")
-        return gather_objects(launcher is not None and launcher == _launcher())[0]
+        """Whether this is a restart by the torchrun that began the run in the folder, and that has saved since."""
+        saved = rank() == 0 and _found_by_launcher(self.folder) not in (None, _time_of_checkpoint(self.folder))
+        return gather_objects(saved)[0]
 
     def clear(self):
         """Deletes the checkpoints and TensorBoard's events of an earlier run, whose lines RunLog drops."""
@@ -851,6 +851,21 @@ def _launcher():
     return None
 
 
+def _time_of_checkpoint(folder):
+    """When the latest checkpoint was written, in nanoseconds; 0 where there is none."""
+    path = folder / CheckpointFolder.LATEST
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def _found_by_launcher(folder):
+    """`_time_of_checkpoint` as it was when the torchrun of this process first began here; None where it did not."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        status = json.loads((folder / "status.json").read_text())
+        if status["launcher"] is not None and status["launcher"] == _launcher():
+            return status["found"]
+    return None
+
+
 class RunStatus:
     """status.json, for scripts that requeue jobs: running, preempted, done, diverged or failed, and details.
 
@@ -860,15 +875,18 @@ class RunStatus:
 
     folder = None
 
-    def begin(self, folder, **facts):
-        self.folder = Path(folder) if folder else None
-        self.write("running", **facts)
+    def begin(self, folder):
+        self.folder = Path(folder) if folder and rank() == 0 else None
+        if self.folder is not None:
+            found = _found_by_launcher(self.folder)
+            self.found = _time_of_checkpoint(self.folder) if found is None else found
+        self.write("running")
 
     def write(self, status, **facts):
-        if self.folder is None or rank() != 0:
+        if self.folder is None:
             return
         facts = {"status": status, **facts, "pid": os.getpid(), "host": socket.gethostname(), "launcher": _launcher()}
-        facts["time"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        facts |= {"found": self.found, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         with warn_of(OSError, "status.json not written"):
             write_atomically(self.folder / "status.json", lambda file: file.write(json.dumps(facts).encode()))
 
@@ -954,6 +972,12 @@ def _verify_archive(path):
         raise UserError(f"{path} is damaged: {error}") from None
     if damaged:
         raise UserError(f"{path} is damaged: bad checksum in {damaged}")
+
+
+def stored_args(checkpoint: dict) -> dict:
+    """The flags of the run that wrote a checkpoint, by name; none where it does not say."""
+    args = checkpoint.get("args") or {}
+    return args if isinstance(args, dict) else vars(args)
 
 
 def extract_weights(checkpoint: dict, *, ema=False) -> dict:

@@ -95,7 +95,7 @@ def fast_job(args, *more):
         seed_step=lambda *where: utils.seed_everything(samplers.counter_seed(own.seed, utils.rank(), *where)),
         should_stop=utils.StopRequest(),
         amp_dtype=amp_dtype,
-        ema=ema,
+        update_ema=functools.partial(ema.update, model),
     )
     return Job(model, parallel, hooks, criterion, optimizer, ema, train)
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import timm
 import torch
-from conftest import STUDENT, TEACHER, distil, run_main, tiny_run
+from conftest import ROOT, STUDENT, TEACHER, distil, run_main, tiny_run
 from PIL import Image
 
 import main
@@ -80,7 +80,10 @@ BEFORE_A_MODEL = {
     "no CIFAR there": (f"{IMNET} --data-set CIFAR --data-path {{empty}}", "not found"),
     "no INAT there": (f"{IMNET} --data-set INAT --data-path {{empty}}", "categories.json does not exist"),
     "resume missing": (f"{TINY} --resume {{empty}}/x.pth", "--resume .*x.pth does not exist"),
-    "resume a folder": (f"{TINY} --resume {{empty}}", "--resume .*empty is a folder"),
+    "resume a folder": (f"{TINY} --resume {{empty}}", "empty is a folder.*--output_dir .*empty --resume auto"),
+    "resume and finetune": (f"{TINY} --resume {{of_sgd}} --finetune {{of_sgd}}", "so --finetune has no effect"),
+    "resume and hub": (f"{EVAL} --resume {{of_sgd}} --pretrained", "so --pretrained has no effect"),
+    "auto from an epoch": (f"{TINY} --output_dir x --resume auto --start_epoch 3", "begin there anew at each"),
     "resume truncated": (f"{TINY} --resume {{truncated}}", "truncated.pth is damaged"),
     "resume no checkpoint": (f"{EVAL} --resume {{file}}", "file is damaged or no checkpoint"),
     "resume without optimizer": (f"{TINY} --resume {{only_weights}}", "has no 'optimizer'.*: use --finetune"),
@@ -114,11 +117,18 @@ BEFORE_A_MODEL = {
     "w-fft nan": (f"{TINY} {DISTIL} --w-fft nan", "--w-fft: expected"),
     "beta negative": (f"{TINY} {DISTIL} --distillation-beta -1", "--distillation-beta: expected"),
     "EMA decay 1": (f"{TINY} --model-ema-decay 1", r"--model-ema-decay: expected a number in \(0, 1\), got 1"),
+    "noise without limit": (f"{TINY} --lr-noise 0.1 --lr-noise-pct 0", "--lr-noise-pct: expected"),
+    "noise backwards": (f"{TINY} --lr-noise 0.9 0.1", "--lr-noise ends before it begins"),
+    "cut backwards": (f"{TINY} --cutmix-minmax 0.8 0.2", "--cutmix-minmax takes the lower limit"),
+    "one beta": (f"{TINY} --opt-betas 0.9", "--opt-betas: --opt adamw has 2, not 1"),
+    "betas of SGD": (f"{TINY} --opt sgd --opt-betas 0.9 0.9", "--opt-betas: --opt sgd has 0, not 2"),
+    "three betas": (f"{TINY} --opt-betas 0.9 0.9 0.9", "--opt-betas: --opt adamw has 2, not 3"),
     "workers negative": (f"{TINY} --num_workers -1", "--num_workers.*: expected"),
     "too few classes": (f"{TINY} --num-classes 5", "--num-classes 5 is less than the 24"),
-    "no key and value": (f"{TINY} --model-kwargs depth", "expected KEY=VALUE, got depth"),
+    "no key and value": (f"{TINY} --model-kwargs depth", "--model-kwargs: expected KEY=VALUE, got depth"),
     # names
     "unknown model": (f"{TINY} --model deit_tinny_patch16_224", "no model deit_tinny.* try deit_tiny_patch16_224"),
+    "unknown weights": (f"{TINY} --model deit_tiny_patch16_224.no_such", "no_such"),
     "unknown teacher": (f"{TINY} {DISTIL} --teacher-model cait_s25_224", "no model cait_s25_224: try .*cait_s24_224"),
     "unknown data set": (f"{TINY} --data-set IMAGENET", "--data-set: invalid choice: 'IMAGENET'.*IMNET"),
     "unknown interpolation": (f"{TINY} --train-interpolation cubic", "--train-interpolation: invalid choice"),
@@ -139,6 +149,11 @@ BEFORE_A_MODEL = {
     "w-fft without teacher": (f"{TINY} --w-fft 0.2", "--w-fft has no effect without"),
     "tau in fft": (f"{TINY} {DISTIL} --distillation-type fft --distillation-tau 2", "--distillation-tau has no effect"),
     "fft without weight": (f"{TINY} {DISTIL} --distillation-type fft --w-fft 0", "give --w-fft above 0"),
+    "no part for the teacher": (f"{TINY} {DISTIL} --w-fft 0 --distillation-alpha 0", "the teacher has no part"),
+    "cool-down of plateau": (f"{TINY} --sched plateau --cooldown-epochs 2", "has no cool-down"),
+    "two cuts": (f"{TINY} --cutmix 1 --cutmix-minmax 0.2 0.8", "in place of --cutmix: give one"),
+    "switch of one": (f"{TINY} --mixup 0.8 --mixup-switch-prob 0.1", "no effect without both --mixup and --cutmix"),
+    "simple crop of small images": (f"{TINY} --src", "--src has no effect without larger images or --ThreeAugment"),
     "mixup's mode alone": (f"{TINY} --mixup-mode elem", "--mixup-mode has no effect without --mixup or --cutmix"),
     "sizes of another set": (f"{IMNET} --data-path {{images}} --gratings-sizes 9 9", "--gratings-sizes has no effect"),
     # modes
@@ -240,9 +255,52 @@ def test_a_mistake_ends_the_program_with_one_line_and_code_2(processes):
         assert done.stderr.splitlines() == said
 
 
-def test_a_minimum_above_the_learning_rate_is_a_warning(places, capsys):
-    main.parse_args(tiny_run("--lr", "1e-6", "--min-lr", "1e-5"))
-    assert "warning: --min-lr 1e-05 is above --lr 1e-06" in capsys.readouterr().out
+def test_a_minimum_above_the_scaled_learning_rate_is_a_warning(capsys):
+    main.main(main.parse_args(tiny_run("--lr", "1e-4")))  # of a global batch of 512; here it is 16
+    assert "warning: --min-lr 1e-05 is above this learning rate" in capsys.readouterr().out
+
+
+NOTED = {
+    "data path": ("--data-path {empty}", "--data-path has no effect without a data set of files"),
+    "bad images": ("--skip-bad-images 3", "--skip-bad-images has no effect without a data set of image files"),
+    "crop": ("--eval-crop-ratio 1", "--eval-crop-ratio has no effect without larger images"),
+    "jitter": ("--color-jitter 0.3", "--color-jitter has no effect without --aa none or --ThreeAugment"),
+    "drop": ("--no-train-mode --drop-path 0.1", "--drop-path has no effect without --train-mode"),
+    "momentum": ("--momentum 0.8", "--momentum has no effect with --opt adamw"),
+    "epsilon": ("--opt sgd --opt-eps 0.1", "--opt-eps has no effect with --opt sgd"),
+    "decays": ("--decay-epochs 3", "--decay-epochs has no effect without --sched step"),
+    "rate": ("--decay-rate 0.5", "--decay-rate has no effect without --sched step"),
+    "minimum": ("--sched step --min-lr 0", "--min-lr has no effect without a --sched that goes down"),
+    "warm-up": ("--warmup-lr 1e-5", "--warmup-lr has no effect without --warmup-epochs above 0"),
+    "compile": ("--compile teacher", "--compile has no effect without a teacher"),
+    "tau": (f"{DISTIL} --distillation-tau 2 --distillation-alpha 0", "--distillation-tau has no effect without --d"),
+    "pairs": (f"{DISTIL} --w-fft 0", "--s-id has no effect without --w-fft and --distillation-beta above 0"),
+    "loss": (f"{DISTIL} --distillation-beta 0 --feature-loss mse", "--feature-loss has no effect without --w-fft and"),
+}
+
+
+@pytest.mark.parametrize("name", NOTED)
+def test_a_flag_that_may_stay_in_a_command_line_is_said_to_have_no_effect(name, places, capsys):
+    flags, message = NOTED[name]
+    main.parse_args(f"{TINY} {flags}".format(**places).split())
+    assert message in capsys.readouterr().out
+
+
+def test_the_published_commands_have_no_flag_without_effect(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ILSVRC2012").mkdir()
+    commands = re.findall(r"nproc_per_node=2 main\.py (--output_dir .*)", (ROOT / "README.md").read_text())
+    assert len(commands) == 3
+    for command in commands:
+        main.parse_args(command.split())
+    assert capsys.readouterr().out == ""
+
+
+def test_scoring_says_where_the_run_had_other_images(tmp_path, capsys):
+    main.main(main.parse_args(tiny_run("--output_dir", str(tmp_path))))
+    other = ["--eval", "--resume", str(tmp_path / "checkpoint.pth"), "--eval-crop-ratio", "1.0"]
+    main.main(main.parse_args(tiny_run(*other)))
+    assert "the run had --eval-crop-ratio 0.875, this scores with --eval-crop-ratio 1.0" in capsys.readouterr().out
 
 
 def test_validation_images_alone_are_enough_to_score(places, tmp_path):

@@ -284,6 +284,26 @@ def test_loader_workers_end_with_their_process_when_it_is_killed(tmp_path):
     assert fork(*flags_of(tmp_path)).code() == 0  # the lock went too
 
 
+def test_a_start_that_is_stopped_because_another_process_failed_is_not_preempted(tmp_path):
+    """Else a script would requeue the job again and again."""
+    wait_or_fail = (
+        raises("the sky fell", rank=1)
+        + """
+import time
+def wait(module, args):
+    if type(module).__name__ == "VisionTransformer" and os.environ["RANK"] == "0":
+        print("waits", flush=True)
+        time.sleep(60)
+torch.nn.modules.module.register_module_forward_pre_hook(wait)
+"""
+    )
+    first, second = fork(*flags_of(tmp_path), ranks=2, before=wait_or_fail)
+    assert second.code() == 1
+    first.says("waits").send(signal.SIGTERM)
+    assert first.code() == 128 + signal.SIGTERM
+    assert status(tmp_path)["status"] == "failed"
+
+
 def test_torchrun_hands_on_sigterm_and_the_next_start_goes_on(tmp_path):
     flags = flags_of(tmp_path, "--epochs", 500, "--num_workers", 1)
     run = torchrun(*flags).says("Epoch: [1]")
@@ -328,6 +348,16 @@ def test_each_restart_of_torchrun_resumes_and_ends_with_the_weights_of_a_straigh
         torch.testing.assert_close(crashed[part], straight[part], rtol=0, atol=0)
     assert run.text.count("--resume auto: ") == 2
     assert status(tmp_path / "crashed")["status"] == "done"
+
+
+def test_a_restart_before_the_first_save_begins_with_the_same_file_again(tmp_path):
+    assert codes(fork(*flags_of(tmp_path / "first", "--epochs", 1), ranks=2)) == [0, 0]
+    flags = [*flags_of(tmp_path / "next")[:-2], "--resume", tmp_path / "first" / "checkpoint.pth"]
+    crash = "import os\nif os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n    exec({!r}, {{}})\n"
+    run = torchrun(*flags, launcher=["--max-restarts=1"], before=crash.format(strike(signal.SIGKILL, step=1, rank=1)))
+    assert run.code(120) == 0, run.text
+    assert "a fresh run" not in run.text
+    assert [json.loads(line)["epoch"] for line in (tmp_path / "next" / "log.txt").read_text().splitlines()] == [1]
 
 
 def raises(words, *, rank):

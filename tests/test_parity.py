@@ -117,7 +117,7 @@ def replay(golden, tmp_path_factory):
             epoch=epoch,
             seed_step=lambda *where: None,
             should_stop=lambda: False,
-            ema=ema,
+            update_ema=lambda: ema.update(model),
             **common,
         )
         train = {"lr": optimizer.param_groups[0]["lr"], **meter.averages()}

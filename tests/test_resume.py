@@ -251,7 +251,7 @@ def test_sums_of_other_processes_are_taken_over():
 
 
 def test_start_epoch_wins_over_the_checkpoint(again, folder):
-    resumed = again("--resume", "auto", "--start_epoch", 0)
+    resumed = again("--resume", folder / "checkpoint.pth", "--start_epoch", 0)
     assert resumed.code() == 0
     assert "epochs 0 to 1" in resumed.text
     assert [line["epoch"] for line in outcome(folder)["log"]] == [0, 1]
@@ -385,9 +385,13 @@ def test_a_restart_is_told_from_a_start_in_the_folder_of_another_run(folder, aga
     assert refused.code() == 2
     assert "holds a run" in refused.text
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    (folder / "status.json").write_text(json.dumps(status | {"launcher": utils._launcher()}))
-    checkpoints = utils.CheckpointFolder(folder)
+    checkpoints, ours = utils.CheckpointFolder(folder), status | {"launcher": utils._launcher()}
+    (folder / "status.json").write_text(json.dumps(ours))
     assert checkpoints.begun_by_launcher()
+    saved_before = (folder / "checkpoint.pth").stat().st_mtime_ns
+    (folder / "status.json").write_text(json.dumps(ours | {"found": saved_before}))
+    assert not checkpoints.begun_by_launcher()
+    (folder / "status.json").write_text(json.dumps(ours))
     (folder / "status.json").write_text(json.dumps(status | {"launcher": "another 1"}))
     assert not checkpoints.begun_by_launcher()
     (folder / "status.json").unlink()

@@ -1,6 +1,7 @@
 """What was made faster still computes the same: the closed form of the loss, and the attention of frozen teachers."""
 
 import copy
+import functools
 import importlib.util
 import json
 
@@ -206,7 +207,7 @@ def host_reads(num_steps, fused):
             prepare=nn.Identity(),
             seed_step=lambda *where: None,
             should_stop=lambda: False,
-            ema=main.ModelEmaV3(model),
+            update_ema=functools.partial(main.ModelEmaV3(model).update, model),
         )
     return reads.count
 

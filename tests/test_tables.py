@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import timm
 import torch
 from conftest import ROOT, STUDENT, TEACHER, tiny_run
 from PIL import Image
@@ -243,6 +244,17 @@ def test_a_published_number_stands_beside_its_own_recipe_only(flags, number, wri
     row = table(write("run", [1, 2, 3], *imagenet, *flags, world_size=2))["run"]
     assert row["published"] == number
     assert (row["source"] is None) is (number is None)
+
+
+def test_no_published_number_stands_beside_a_run_of_other_classes(write, table, imagenet):
+    flags = [*imagenet, *SOFT, *LATER, 300]
+    row = table(write("hundred", [1, 2, 3], *flags, world_size=2, n_parameters=5543716))["hundred"]  # of 100 classes
+    assert row["published"] is row["source"] is None
+
+
+@pytest.mark.parametrize("model", tables.PARAMETERS)
+def test_published_models_have_the_parameters_that_the_table_expects(model):
+    assert sum(p.numel() for p in timm.create_model(model).parameters()) == tables.PARAMETERS[model]
 
 
 def test_what_published_runs_have_in_common_are_the_trainers_defaults(imagenet):

@@ -40,6 +40,7 @@ def no_status(monkeypatch):
         (utils.Diverged("loss"), 3, "error: loss"),
         (utils.Stopped(signal.SIGTERM, " in epoch 3"), 143, "stopped by SIGTERM in epoch 3"),
         (KeyboardInterrupt(), 130, "stopped by SIGINT"),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory."), 2, "error: CUDA out of memory. Lower --batch-size"),
         (ZeroDivisionError("counts as the user's"), 2, "error: counts as the user's"),
         (
             RuntimeError("DataLoader worker (pid 7) is killed"),
@@ -156,10 +157,12 @@ def test_events_that_cannot_be_written_do_not_end_the_run(tmp_path, capsys, monk
     assert len(list(tmp_path.glob("events*"))) == 2
 
 
-def test_a_resumed_log_drops_the_lines_that_come_again_and_torn_ones(tmp_path):
+def test_a_resumed_log_drops_the_lines_that_come_again_and_torn_ones(tmp_path, capsys):
     (tmp_path / "log.txt").write_text('{"epoch": 0}\n{"epoch": 1}\n{"epoch": 2}\n{"epo')
     utils.RunLog(tmp_path, {}, start_epoch=2)
     assert epochs(tmp_path) == [0, 1]
+    assert "1 epochs of log.txt come again" in capsys.readouterr().out
+    assert (tmp_path / "log_previous.txt").read_text().endswith('{"epoch": 2}\n{"epo')
 
 
 # Checkpoint files
