@@ -1132,7 +1132,9 @@ def run():
     """The program. An error that is no user's is recorded for torchrun, which names the process that failed first."""
     utils.end_with_launcher()
     with utils.exit_codes(datasets.BadImageError):
-        main(parse_args())
+        with utils.first_process_says_it():
+            args = parse_args()
+        main(args)
         utils.leave_distributed()
 
 

@@ -95,6 +95,22 @@ def exit_codes(*user_errors):
         raise SystemExit(code)
 
 
+@contextlib.contextmanager
+def first_process_says_it():
+    """For mistakes that all processes meet before they meet each other.
+
+    The launcher ends all as soon as one has ended, so the others wait for the first to say the error and end. If they
+    are still there after that, it was theirs alone, and they say it.
+    """
+    try:
+        yield
+    except UserError as error:
+        if rank() != 0:
+            time.sleep(10)
+            print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
+        raise
+
+
 def _finish(code, status, error, alone=False):
     """`alone`: say it also where the store that the processes share does not answer."""
     line = _one_line(error)

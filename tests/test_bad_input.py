@@ -242,17 +242,10 @@ def test_the_tiny_command_lines_are_good_without_the_mistake(places):
     main.main(main.parse_args(f"{TINY} {DISTIL}".format(**places).split()))
 
 
-@pytest.mark.parametrize("processes", [0, 2])
-def test_a_mistake_ends_the_program_with_one_line_and_code_2(processes):
-    done = run_main(*tiny_run("--lr", "nan"), processes=processes)
-    said = [line for line in done.stderr.splitlines() if line.startswith("error: argument --lr: expected a number")]
-    assert len(said) == 1
-    if processes:  # torchrun adds its own report and code, and names ours
-        assert done.returncode == 1
-        assert re.search(r"exitcode *: 2", done.stderr)
-    else:
-        assert done.returncode == 2
-        assert done.stderr.splitlines() == said
+def test_a_mistake_ends_the_program_with_one_line_and_code_2():
+    done = run_main(*tiny_run("--lr", "nan"))
+    assert done.returncode == 2
+    assert done.stderr == "error: argument --lr: expected a number in [0, inf), got nan\n"
 
 
 def test_a_minimum_above_the_scaled_learning_rate_is_a_warning(capsys):

@@ -563,6 +563,23 @@ def test_a_teacher_that_cannot_be_had_ends_all_ranks_promptly_and_names_the_way_
     assert "cait_s24_224" in errors(runs)[0]
 
 
+def test_a_mistake_that_the_second_process_meets_first_is_said_once():
+    """The launcher would end the first process before it can say it."""
+    slow = "import os, time\nif os.environ['RANK'] == '0':\n    time.sleep(2)\n"
+    run = torchrun(*tiny_run("--lr", "nan"), before=slow)
+    assert run.code() == 1
+    assert errors([run]) == ["error: argument --lr: expected a number in [0, inf), got nan"]
+    assert re.search(r"exitcode *: 2", run.text)  # torchrun adds its own report and code, and names ours
+
+
+def test_a_mistake_of_the_second_process_alone_is_said():
+    wrong = "import os, sys\nif os.environ['RANK'] == '1':\n    sys.argv += ['--lr', 'nan']\n"
+    first, second = fork(*tiny_run(), ranks=2, before=wrong)
+    assert second.code(20) == 2
+    first.send(signal.SIGKILL)  # it waits for the second, as long as no launcher ends it
+    assert errors([first, second]) == ["error: argument --lr: expected a number in [0, inf), got nan"]
+
+
 STARTS = {
     "slurm": ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, "SLURM has 4 tasks here, but RANK .*srun python -m torch"),
     "no world size": ({"RANK": "0"}, "RANK is set without its partner"),
