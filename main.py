@@ -275,26 +275,26 @@ UNUSED = (  # (what the flags need, whether it is there, the flags)
     ("--data-set GRATINGS", lambda args: args.data_set == "GRATINGS", ("gratings_sizes",)),
     ("--data-set INAT or INAT19", lambda args: args.data_set.startswith("INAT"), ("inat_category",)),
     ("--model-ema", lambda args: args.model_ema, ("model_ema_decay", "model_ema_force_cpu", "eval_ema")),
-    ("--mixup or --cutmix", lambda args: mixup_wanted(args), ("mixup_prob", "mixup_mode")),
-    (
-        "both --mixup and --cutmix",
-        lambda args: args.mixup > 0 and (args.cutmix > 0 or args.cutmix_minmax),
-        ("mixup_switch_prob",),
-    ),
     ("larger images or --ThreeAugment", lambda args: not small_images(args), ("src",)),
-    ("--reprob above 0", lambda args: args.reprob > 0, ("remode", "recount")),
-    ("--lr-noise", lambda args: args.lr_noise, ("lr_noise_pct", "lr_noise_std")),
     ("a later timm", lambda args: inspect.getsource(Scheduler).count("self.noise_std") > 1, ("lr_noise_std",)),
-    ("--sched plateau", lambda args: args.sched == "plateau", ("patience_epochs",)),
     ("--output_dir", lambda args: args.output_dir, ("save_every", "overwrite", "spectra_every")),
 )
-NOTED = (  # the same, of flags that stay in a command line while others change: said, not refused
+NOTED = (  # the same, of flags that DeiT's command lines spell out or that stay while others change: said, not refused
     ("a data set of files", lambda args: args.data_set != "GRATINGS", ("data_path",)),
     ("a data set of image files", lambda args: args.data_set not in ("GRATINGS", "CIFAR"), ("skip_bad_images",)),
     ("larger images", lambda args: args.input_size > datasets.SMALL_IMAGE, ("eval_crop_ratio",)),
     ("--aa none or --ThreeAugment", lambda args: jitters(args), ("color_jitter",)),
     ("--train-mode", lambda args: args.train_mode, ("drop", "drop_path")),
     ("a teacher", lambda args: args.compile != "teacher" or args.distillation_type != "none", ("compile",)),
+    ("--mixup or --cutmix", lambda args: mixup_wanted(args), ("mixup_prob", "mixup_mode")),
+    (
+        "both --mixup and --cutmix",
+        lambda args: args.mixup > 0 and (args.cutmix > 0 or args.cutmix_minmax),
+        ("mixup_switch_prob",),
+    ),
+    ("--reprob above 0", lambda args: args.reprob > 0, ("remode", "recount")),
+    ("--lr-noise", lambda args: args.lr_noise, ("lr_noise_pct", "lr_noise_std")),
+    ("--sched plateau", lambda args: args.sched == "plateau", ("patience_epochs",)),
     ("--warmup-epochs above 0", lambda args: args.warmup_epochs > 0, ("warmup_lr",)),
     ("--sched step, wsd or rsqrt", lambda args: args.sched in ("step", "wsd", "rsqrt"), ("decay_epochs",)),
     (
@@ -616,7 +616,7 @@ def build_optimizer(args, model):
     lr = args.lr if args.unscale_lr else args.lr * global_batch / 512
     # The fused kernel takes the scaler's verdict on the gradient on the device; others make every step wait for it.
     options = {"eps": args.opt_eps, "betas": args.opt_betas, "fused": True if args.opt == "adamw" else None}
-    with utils.as_user_error(f"--opt {args.opt}: ", Exception):
+    with utils.as_user_error(f"--opt {args.opt}: timm cannot build it: ", Exception):
         optimizer = create_optimizer_v2(
             model,
             opt=args.opt,
