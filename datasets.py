@@ -231,7 +231,7 @@ class SeededDataset(Dataset):
 
     def __getitem__(self, key):
         index, seed = key
-        while True:
+        for left in reversed(range(len(self.dataset))):
             random.seed(seed)
             np.random.seed(seed % 2**32)  # timm draws from numpy's global generator
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would visit every GPU as well
@@ -239,6 +239,8 @@ class SeededDataset(Dataset):
                 return self.dataset[index]
             except BadImageError as error:
                 self._replace(index, error)
+                if not left:  # every file is bad
+                    raise
                 index = (index + 1) % len(self.dataset)
 
     def _replace(self, index, error):

@@ -140,7 +140,7 @@ def add_optimisation_flags(add):
     add("--unscale-lr", action="store_true", help="take --lr as it is")
     add("--sched", default="cosine", help="any timm scheduler")
     add("--lr-noise", nargs="+", type=PART, help="part or parts of the epochs with a noisy learning rate")
-    add("--lr-noise-pct", type=POSITIVE, default=0.67, help="limit of that noise")
+    add("--lr-noise-pct", type=number(float, 0, 1, ends=False), default=0.67, help="limit of that noise")
     add("--lr-noise-std", type=AMOUNT, default=1.0, help="its standard deviation")
     add("--warmup-lr", type=AMOUNT, default=1e-6, help="learning rate at the start of the warm-up")
     add("--min-lr", type=AMOUNT, default=1e-5, help="lowest learning rate of the schedule")

@@ -768,8 +768,10 @@ class CheckpointFolder:
     def clear(self):
         """Deletes the checkpoints and TensorBoard's events of an earlier run, whose lines RunLog drops."""
         if rank() == 0:
-            for path in (*self.files(), *self.folder.glob("events.out.tfevents.*")):
-                path.unlink()
+            # The latest goes last: a restart would take its absence for a sign that this run has saved.
+            with as_user_error(f"--output_dir {self.folder} cannot be cleared: ", OSError):
+                for path in (*self.folder.glob("events.out.tfevents.*"), *reversed(self.files())):
+                    path.unlink()
 
     def save(self, state: dict, *, best=False, milestone=None) -> bool:
         """Writes the state as the latest checkpoint; returns whether that went well, the same on all processes.

@@ -118,6 +118,7 @@ BEFORE_A_MODEL = {
     "beta negative": (f"{TINY} {DISTIL} --distillation-beta -1", "--distillation-beta: expected"),
     "EMA decay 1": (f"{TINY} --model-ema-decay 1", r"--model-ema-decay: expected a number in \(0, 1\), got 1"),
     "noise without limit": (f"{TINY} --lr-noise 0.1 --lr-noise-pct 0", "--lr-noise-pct: expected"),
+    "noise beyond the rate": (f"{TINY} --lr-noise 0.1 --lr-noise-pct 5", "--lr-noise-pct: expected"),
     "noise backwards": (f"{TINY} --lr-noise 0.9 0.1", "--lr-noise ends before it begins"),
     "cut backwards": (f"{TINY} --cutmix-minmax 0.8 0.2", "--cutmix-minmax takes the lower limit"),
     "one beta": (f"{TINY} --opt-betas 0.9", "--opt-betas: --opt adamw has 2, not 1"),

@@ -451,6 +451,12 @@ def test_the_next_readable_sample_takes_the_place_of_a_damaged_one(capsys):
         images[7, 0]
 
 
+def test_a_set_without_a_readable_file_ends_whatever_the_number():
+    images = SeededDataset(RandomImages(bad=set(range(12))), bad_images=99)
+    with pytest.raises(BadImageError):
+        images[2, 0]
+
+
 def labels_or_error(bad_images):
     """The labels of an epoch with two workers, or the error that ended it."""
     images = SeededDataset(RandomImages(bad={0, 4, 8}), bad_images)

@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -396,6 +397,25 @@ def test_a_restart_is_told_from_a_start_in_the_folder_of_another_run(folder, aga
     assert not checkpoints.begun_by_launcher()
     (folder / "status.json").unlink()
     assert not checkpoints.begun_by_launcher()
+
+
+def test_a_kill_while_the_old_run_is_cleared_is_not_taken_for_a_run_that_has_saved(folder, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    checkpoints, latest = utils.CheckpointFolder(folder), folder / "checkpoint.pth"
+    found = {"launcher": utils._launcher(), "found": latest.stat().st_mtime_ns}
+    (folder / "status.json").write_text(json.dumps(found))
+    left = []
+    unlink = Path.unlink
+
+    def watch(path):
+        left.append((latest.exists(), checkpoints.begun_by_launcher()))
+        unlink(path)
+
+    monkeypatch.setattr(Path, "unlink", watch)
+    checkpoints.clear()
+    assert len(left) > 1
+    assert set(left) == {(True, False)}
+    assert not checkpoints.files()
 
 
 def test_a_log_edited_by_hand_does_not_stop_a_resume(tmp_path):
