@@ -223,7 +223,7 @@ class SeededDataset(Dataset):
 
     def __init__(self, dataset, bad_images=0):
         self.dataset = dataset
-        self.allowed = bad_images
+        self.allowed = min(bad_images, len(dataset) - 1)  # one has to be left to take their place
         self.bad = Array("b", len(dataset))  # 1 for each unreadable file met; shared by the workers
 
     def __len__(self):
@@ -231,7 +231,7 @@ class SeededDataset(Dataset):
 
     def __getitem__(self, key):
         index, seed = key
-        for left in reversed(range(len(self.dataset))):
+        while True:
             random.seed(seed)
             np.random.seed(seed % 2**32)  # timm draws from numpy's global generator
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would visit every GPU as well
@@ -239,15 +239,13 @@ class SeededDataset(Dataset):
                 return self.dataset[index]
             except BadImageError as error:
                 self._replace(index, error)
-                if not left:  # every file is bad
-                    raise
                 index = (index + 1) % len(self.dataset)
 
     def _replace(self, index, error):
         """Counts a bad image, once however often it comes."""
         with self.bad.get_lock():
             if not self.bad[index]:
-                more = self.allowed - sum(self.bad) - 1
+                more = self.allowed - bytes(self.bad.get_obj()).count(1) - 1
                 if more < 0:
                     raise error
                 self.bad[index] = 1
