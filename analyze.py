@@ -84,12 +84,7 @@ def get_args_parser():
     add("--output_dir", "--output-dir", default="", help="folder of numbers and figures; default: print only")
     add("--pdf", action="store_true", help="figures as PDF, too")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    add(
-        "--seed",
-        type=number(int, 0, 2**62),
-        default=0,
-        help="seed of the images, of shuffled channels, of random weights",
-    )
+    add("--seed", type=number(int, 0, 2**62), default=0, help="seed of images, shuffled channels and random weights")
     return parser
 
 

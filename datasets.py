@@ -138,6 +138,11 @@ def _read_json(path):
         raise ValueError(f"{path} is no JSON: {error}") from None
 
 
+def keeps_whole(input_size, three_augment) -> bool:
+    """Whether a training crop is of the whole image with a border, as for CIFAR, and not of a random part of it."""
+    return input_size <= SMALL_IMAGE and not three_augment
+
+
 def train_transform(
     input_size,
     *,
@@ -169,7 +174,7 @@ def train_transform(
         interpolation=interpolation,
         use_prefetcher=True,  # leaves uint8 pixels
     )
-    if input_size <= SMALL_IMAGE and not three_augment:
+    if keeps_whole(input_size, three_augment):
         transform.transforms[0] = _resized_random_crop(input_size, interpolation, "constant")
     elif simple_crop:
         transform.transforms[0] = _resized_random_crop(input_size, interpolation)

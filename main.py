@@ -144,12 +144,7 @@ def add_optimisation_flags(add):
     add("--lr-noise-std", type=AMOUNT, default=1.0, help="its standard deviation")
     add("--warmup-lr", type=AMOUNT, default=1e-6, help="learning rate at the start of the warm-up")
     add("--min-lr", type=AMOUNT, default=1e-5, help="lowest learning rate of the schedule")
-    add(
-        "--decay-epochs",
-        type=POSITIVE,
-        default=30,
-        help="epochs between decays (step), or of the last decay (wsd, rsqrt)",
-    )
+    add("--decay-epochs", type=POSITIVE, default=30, help="epochs between decays (step), or of the last (wsd, rsqrt)")
     add("--decay-rate", type=POSITIVE, default=0.1, help="factor of a decay (step, multistep, plateau), power (poly)")
     add("--warmup-epochs", type=COUNT, default=5, help="epochs of warm-up")
     add("--cooldown-epochs", type=COUNT, default=0, help="epochs at --min-lr after --epochs")
@@ -245,7 +240,7 @@ def check_args(args, given):
         raise utils.UserError("--eval-ema scores on --device, where --model-ema-force-cpu keeps no average: give one")
     if args.ThreeAugment and "aa" in given:
         raise utils.UserError("--aa and --ThreeAugment exclude each other: give one")
-    if args.train_interpolation == "random" and (args.src or small_images(args)):
+    if args.train_interpolation == "random" and (args.src or datasets.keeps_whole(args.input_size, args.ThreeAugment)):
         raise utils.UserError(
             "--train-interpolation random is of DeiT's random resized crop, which --src and small images do without: "
             "give bicubic or bilinear"
@@ -275,7 +270,11 @@ UNUSED = (  # (what the flags need, whether it is there, the flags)
     ("--data-set GRATINGS", lambda args: args.data_set == "GRATINGS", ("gratings_sizes",)),
     ("--data-set INAT or INAT19", lambda args: args.data_set.startswith("INAT"), ("inat_category",)),
     ("--model-ema", lambda args: args.model_ema, ("model_ema_decay", "model_ema_force_cpu", "eval_ema")),
-    ("larger images or --ThreeAugment", lambda args: not small_images(args), ("src",)),
+    (
+        "larger images or --ThreeAugment",
+        lambda args: not datasets.keeps_whole(args.input_size, args.ThreeAugment),
+        ("src",),
+    ),
     ("a later timm", lambda args: inspect.getsource(Scheduler).count("self.noise_std") > 1, ("lr_noise_std",)),
     ("--output_dir", lambda args: args.output_dir, ("save_every", "overwrite", "spectra_every")),
 )
@@ -283,8 +282,15 @@ NOTED = (  # the same, of flags that DeiT's command lines spell out or that stay
     ("a data set of files", lambda args: args.data_set != "GRATINGS", ("data_path",)),
     ("a data set of image files", lambda args: args.data_set not in ("GRATINGS", "CIFAR"), ("skip_bad_images",)),
     ("larger images", lambda args: args.input_size > datasets.SMALL_IMAGE, ("eval_crop_ratio",)),
-    ("--aa none or --ThreeAugment", lambda args: jitters(args), ("color_jitter",)),
+    (
+        "--aa none or --ThreeAugment",  # timm's rule
+        lambda args: args.ThreeAugment or args.aa.lower() in ("", "none") or "3a" in args.aa,
+        ("color_jitter",),
+    ),
     ("--train-mode", lambda args: args.train_mode, ("drop", "drop_path")),
+    ("--num_workers above 0", lambda args: args.num_workers > 0, ("loader_timeout",)),
+    ("--resume", lambda args: args.resume, ("allow_world_size_change",)),
+    ("--device cuda", lambda args: args.device != "cpu", ("pin_mem", "model_ema_force_cpu")),
     ("a teacher", lambda args: args.compile != "teacher" or args.distillation_type != "none", ("compile",)),
     ("--mixup or --cutmix", lambda args: mixup_wanted(args), ("mixup_prob", "mixup_mode")),
     (
@@ -318,15 +324,6 @@ def without_effect(rows, args, given):
         for name in names:
             if name in given and not used(args):
                 yield f"--{name.replace('_', '-')} has no effect without {needs}"
-
-
-def small_images(args):
-    """Whether images are padded and cropped, as CIFAR's are, rather than cropped and resized."""
-    return args.input_size <= datasets.SMALL_IMAGE and not args.ThreeAugment
-
-
-def jitters(args):
-    return args.ThreeAugment or args.aa.lower() in ("", "none") or "3a" in args.aa
 
 
 def check_modes(args):
@@ -858,7 +855,7 @@ def find_resume(args, folder):
             raise utils.UserError(f"--resume auto: there is no checkpoint in {args.output_dir}: name a file")
         utils.say(f"--resume auto: {path}" if path else "--resume auto: no checkpoint yet, a fresh run")
         if path and (args.finetune or args.pretrained):
-            utils.say("--resume auto: the first weights, of --finetune or --pretrained, are those of its first start")
+            utils.say("--resume auto brings the weights, so --finetune or --pretrained has no effect")
     else:
         inside = folder is not None and Path(args.resume).resolve().parent == folder.folder.resolve()
         if folder is not None and not args.overwrite and folder.files() and not (args.resume and inside):
