@@ -374,6 +374,9 @@ def check_names(args):
     for flag, pairs in (("--model-kwargs", args.model_kwargs), ("--teacher-kwargs", args.teacher_kwargs)):
         with utils.as_user_error(f"{flag}: ", utils.UserError):
             key_values(pairs)
+    for flag, key in (("--drop", "drop_rate"), ("--drop-path", "drop_path_rate")):
+        if key in key_values(args.model_kwargs):
+            raise utils.UserError(f"--model-kwargs {key} would win over {flag}: give {flag} instead")
 
 
 def check_pairs(args):

@@ -127,6 +127,7 @@ BEFORE_A_MODEL = {
     "workers negative": (f"{TINY} --num_workers -1", "--num_workers.*: expected"),
     "too few classes": (f"{TINY} --num-classes 5", "--num-classes 5 is less than the 24"),
     "no key and value": (f"{TINY} --model-kwargs depth", "--model-kwargs: expected KEY=VALUE, got depth"),
+    "dropout twice": (f"{TINY} --model-kwargs drop_path_rate=0.1", "would win over --drop-path: give --drop-path"),
     # names
     "unknown model": (f"{TINY} --model deit_tinny_patch16_224", "no model deit_tinny.* try deit_tiny_patch16_224"),
     "unknown weights": (f"{TINY} --model deit_tiny_patch16_224.no_such", "no_such"),
