@@ -64,6 +64,7 @@ def exit_codes(*user_errors):
         user_errors: further exceptions that count as UserError.
     """
     code = 0
+    sys.unraisablehook = _quiet_about_signals
     try:
         yield
     except (Stopped, KeyboardInterrupt) as stop:
@@ -93,6 +94,17 @@ def exit_codes(*user_errors):
     if code:
         leave_distributed(code)
         raise SystemExit(code)
+
+
+def _quiet_about_signals(unraisable):
+    """For sys.unraisablehook: drops the errors of signal handlers that landed where Python cannot pass errors on.
+
+    Such places are callbacks after a fork and of weak references. Neither error is lost: StopRequest has noted the
+    signal, and the DataLoader finds its dead worker when it waits for the next batch.
+    """
+    error = unraisable.exc_value
+    if not isinstance(error, Stopped) and not str(error).startswith("DataLoader worker"):
+        sys.__unraisablehook__(unraisable)
 
 
 @contextlib.contextmanager

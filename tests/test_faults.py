@@ -526,7 +526,23 @@ signal_handling._set_SIGCHLD_handler = watch_and_kill
 """
 
 
-@pytest.mark.parametrize("before", ["", WHILE_THE_LOADER_IS_BUILT], ids=["in an epoch", "while the loader is built"])
+WHEN_ANOTHER_IS_FORKED = """
+import os, signal, time
+from multiprocessing import active_children
+def kill():
+    for worker in active_children():
+        os.kill(worker.pid, signal.SIGKILL)
+        time.sleep(60)
+os.register_at_fork(after_in_parent=kill)
+"""
+MOMENTS = {
+    "in an epoch": "",
+    "while its loader is built": WHILE_THE_LOADER_IS_BUILT,
+    "where Python drops the error": WHEN_ANOTHER_IS_FORKED,
+}
+
+
+@pytest.mark.parametrize("before", MOMENTS.values(), ids=MOMENTS)
 def test_a_loader_worker_that_is_killed_ends_the_run_with_one_line(tmp_path, before):
     """As the kernel does when memory is short."""
     run = fork(*flags_of(tmp_path, "--epochs", 500, "--num_workers", 1), before=before)
