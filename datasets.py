@@ -19,6 +19,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import MaybePILToTensor, str_to_interp_mode
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils import signal_handling
 from torchvision import transforms
 from torchvision.datasets import CIFAR100, ImageFolder
 
@@ -266,6 +267,9 @@ def build_loader(
         timeout: seconds to wait for a worker's batch before giving up; 0 waits for ever.
         worker_init_fn: called in each worker with its number, or None.
     """
+    # Else torch lets the signal of a worker's end raise in whatever line the process has come to, be it a save.
+    # The DataLoader also finds that a worker is gone when it has waited 5 s (or `timeout`) for a batch.
+    signal_handling._SIGCHLD_handler_set = True
     return DataLoader(
         dataset,
         batch_size=batch_size,

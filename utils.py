@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import uuid
 import zipfile
 from pathlib import Path
@@ -64,7 +65,6 @@ def exit_codes(*user_errors):
         user_errors: further exceptions that count as UserError.
     """
     code = 0
-    sys.unraisablehook = _quiet_about_signals
     try:
         yield
     except (Stopped, KeyboardInterrupt) as stop:
@@ -77,9 +77,9 @@ def exit_codes(*user_errors):
     except (UserError, *user_errors) as error:
         code = _finish(2, "failed", error)
     except Exception as error:
-        if str(error).startswith("DataLoader"):
-            error = UserError(f"{_one_line(error)}: give fewer --num_workers, more memory or a longer --loader-timeout")
-            code = _finish(2, "failed", error)
+        if _lost_worker(error):
+            way_out = "give fewer --num_workers, more memory or a longer --loader-timeout"
+            code = _finish(2, "failed", UserError(f"lost a loader worker: {_one_line(error)}: {way_out}"))
         elif isinstance(error, torch.cuda.OutOfMemoryError):
             error = UserError(f"{_one_line(error)} Lower --batch-size, and raise --accum-steps as much")
             code = _finish(2, "failed", error)
@@ -94,17 +94,6 @@ def exit_codes(*user_errors):
     if code:
         leave_distributed(code)
         raise SystemExit(code)
-
-
-def _quiet_about_signals(unraisable):
-    """For sys.unraisablehook: drops the errors of signal handlers that landed where Python cannot pass errors on.
-
-    Such places are callbacks after a fork and of weak references. Neither error is lost: StopRequest has noted the
-    signal, and the DataLoader finds its dead worker when it waits for the next batch.
-    """
-    error = unraisable.exc_value
-    if not isinstance(error, Stopped) and not str(error).startswith("DataLoader worker"):
-        sys.__unraisablehook__(unraisable)
 
 
 @contextlib.contextmanager
@@ -162,6 +151,13 @@ def _ask_store(question, otherwise):
     return answers[-1]
 
 
+def _lost_worker(error):
+    """Whether an error says that a loader worker ended, hung, or ended while it handed over a batch."""
+    frames = traceback.extract_tb(error.__traceback__)
+    in_loader = any(frame.filename == torch.utils.data.dataloader.__file__ for frame in frames)
+    return str(error).startswith("DataLoader") or (in_loader and isinstance(error, (EOFError, ConnectionError)))
+
+
 def _lost_contact(error):
     """Whether an error says that another process did not take part in a collective."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
@@ -182,11 +178,9 @@ def _who_is_silent(error):
 
 def _end_loader_workers():
     """Workers leave signals to the main process, so those that do not answer would keep it from ending."""
-    workers = [child for child in multiprocessing.active_children() if child.daemon]
-    if workers:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the DataLoader's handler would raise
-        for worker in workers:
-            worker.kill()
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 @contextlib.contextmanager

@@ -512,46 +512,54 @@ def test_unreadable_images_are_replaced_up_to_a_number(allowed, code, images, tm
     assert str(bad) in run.text
 
 
-WHILE_THE_LOADER_IS_BUILT = """
+KILL_WORKERS = """
 import os, signal, time
-from multiprocessing import active_children
-from torch.utils.data._utils import signal_handling
-watch = signal_handling._set_SIGCHLD_handler
-def watch_and_kill():
-    watch()
-    for worker in active_children():
-        os.kill(worker.pid, signal.SIGKILL)
-    time.sleep(60)
-signal_handling._set_SIGCHLD_handler = watch_and_kill
-"""
-
-
-WHEN_ANOTHER_IS_FORKED = """
-import os, signal, time
-from multiprocessing import active_children
+from multiprocessing import active_children, resource_sharer
 def kill():
     for worker in active_children():
         os.kill(worker.pid, signal.SIGKILL)
-        time.sleep(60)
-os.register_at_fork(after_in_parent=kill)
+        time.sleep(0.5)
 """
 MOMENTS = {
     "in an epoch": "",
-    "while its loader is built": WHILE_THE_LOADER_IS_BUILT,
-    "where Python drops the error": WHEN_ANOTHER_IS_FORKED,
+    "while its loader is built": """
+from torch.utils.data._utils import signal_handling
+signal_handling._set_SIGCHLD_handler = kill
+""",
+    "when another is forked": "os.register_at_fork(after_in_parent=kill)",
+    "while it hands over a batch": """
+def break_off(_):
+    kill()
+    raise ConnectionResetError(104, "Connection reset by peer")
+resource_sharer._resource_sharer.get_connection = break_off
+""",
 }
 
 
 @pytest.mark.parametrize("before", MOMENTS.values(), ids=MOMENTS)
-def test_a_loader_worker_that_is_killed_ends_the_run_with_one_line(tmp_path, before):
+def test_a_loader_worker_that_is_killed_ends_the_run_with_one_line(before, tmp_path):
     """As the kernel does when memory is short."""
-    run = fork(*flags_of(tmp_path, "--epochs", 500, "--num_workers", 1), before=before)
+    run = fork(*flags_of(tmp_path, "--epochs", 500, "--num_workers", 1), before=before and KILL_WORKERS + before)
     if not before:
         os.kill(min(descendants(run.says("Epoch: [0]").pid)), signal.SIGKILL)
     assert run.code() == 2
-    line = r"error: DataLoader worker .*(killed by signal: Killed|exited unexpectedly).*fewer --num_workers.*"
-    assert re.fullmatch(line, run.text.splitlines()[-1])
+    assert re.fullmatch(r"error: lost a loader worker: .*: give fewer --num_workers.*", run.text.splitlines()[-1])
     assert "Traceback" not in run.text
+
+
+def test_the_end_of_a_loader_worker_does_not_spoil_the_checkpoint_that_is_being_written(tmp_path):
+    kill_in_save = """
+import torch
+save = torch.save
+def save_and_kill(state, file):
+    kill()
+    save(state, file)
+torch.save = save_and_kill
+"""
+    run = fork(*flags_of(tmp_path, "--num_workers", 1), before=KILL_WORKERS + kill_in_save)
+    assert run.code() == 2
+    assert len(errors([run])) == 1
+    assert checkpoint(tmp_path)["epoch"] == 0
 
 
 def test_a_loader_worker_that_hangs_ends_the_run_at_the_timeout(images, tmp_path):
@@ -562,7 +570,9 @@ def test_a_loader_worker_that_hangs_ends_the_run_at_the_timeout(images, tmp_path
     run = fork(*imagenet_flags(root, tmp_path / "out", "--num_workers", 1, "--loader-timeout", 2))
     workers = until(lambda: descendants(run.pid))
     assert run.code(20) == 2
-    assert errors([run])[0].startswith("error: DataLoader timed out after 2.0 seconds: give fewer --num_workers")
+    assert errors([run])[0].startswith(
+        "error: lost a loader worker: DataLoader timed out after 2.0 seconds: give fewer --num_workers"
+    )
     assert "Traceback" not in run.text
     until(lambda: not any(map(alive, workers)), 5)
 

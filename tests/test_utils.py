@@ -45,7 +45,7 @@ def no_status(monkeypatch):
         (
             RuntimeError("DataLoader worker (pid 7) is killed"),
             2,
-            "error: DataLoader worker (pid 7) is killed: give fewer",
+            "error: lost a loader worker: DataLoader worker (pid 7) is killed: give fewer",
         ),
     ],
 )
