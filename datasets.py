@@ -264,7 +264,7 @@ def build_loader(
     """A DataLoader of (uint8 images (B, 3, H, W), int64 labels (B,)) whose workers live as long as it does.
 
     Args:
-        timeout: seconds to wait for a worker's batch before giving up; 0 waits for ever.
+        timeout: seconds to wait for a worker's batch before giving up; 0 waits as long as it lives.
         worker_init_fn: called in each worker with its number, or None.
     """
     # Else torch lets the signal of a worker's end raise in whatever line the process has come to, be it a save.

@@ -74,7 +74,7 @@ def add_data_flags(add):
     add("--batch-size", type=AT_LEAST_ONE, default=64, help="images a process and step")
     add("--num_workers", "--num-workers", type=COUNT, default=10, help="loader processes a process")
     add("--pin-mem", action=ON_OFF, default=True, help="page-locked batches, for faster copies to a GPU")
-    add("--loader-timeout", type=AMOUNT, default=0, help="seconds to wait for a loader worker; 0: for ever")
+    add("--loader-timeout", type=AMOUNT, default=0, help="seconds to wait for a loader worker; 0: as long as it lives")
     add("--skip-bad-images", type=COUNT, default=0, help="unreadable training images to replace, a process")
     add("--repeated-aug", action=ON_OFF, default=True, help="each image of an epoch three times")
 
