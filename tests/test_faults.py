@@ -514,7 +514,7 @@ def test_unreadable_images_are_replaced_up_to_a_number(allowed, code, images, tm
 
 KILL_WORKERS = """
 import os, signal, time
-from multiprocessing import active_children, resource_sharer
+from multiprocessing import active_children
 def kill():
     for worker in active_children():
         os.kill(worker.pid, signal.SIGKILL)
@@ -522,14 +522,11 @@ def kill():
 """
 MOMENTS = {
     "in an epoch": "",
-    "while its loader is built": """
-from torch.utils.data._utils import signal_handling
-signal_handling._set_SIGCHLD_handler = kill
-""",
-    "when another is forked": "os.register_at_fork(after_in_parent=kill)",
+    "when another is forked": KILL_WORKERS + "os.register_at_fork(after_in_parent=kill)",
+    # its sockets close before it counts as ended
     "while it hands over a batch": """
+from multiprocessing import resource_sharer
 def break_off(_):
-    kill()
     raise ConnectionResetError(104, "Connection reset by peer")
 resource_sharer._resource_sharer.get_connection = break_off
 """,
@@ -539,7 +536,7 @@ resource_sharer._resource_sharer.get_connection = break_off
 @pytest.mark.parametrize("before", MOMENTS.values(), ids=MOMENTS)
 def test_a_loader_worker_that_is_killed_ends_the_run_with_one_line(before, tmp_path):
     """As the kernel does when memory is short."""
-    run = fork(*flags_of(tmp_path, "--epochs", 500, "--num_workers", 1), before=before and KILL_WORKERS + before)
+    run = fork(*flags_of(tmp_path, "--epochs", 500, "--num_workers", 1), before=before)
     if not before:
         os.kill(min(descendants(run.says("Epoch: [0]").pid)), signal.SIGKILL)
     assert run.code() == 2
@@ -560,6 +557,20 @@ torch.save = save_and_kill
     assert run.code() == 2
     assert len(errors([run])) == 1
     assert checkpoint(tmp_path)["epoch"] == 0
+
+
+def test_a_signal_while_a_loader_is_built_ends_an_evaluation_with_one_line(tmp_path):
+    """What is left of the loader then has more to say when it is deleted."""
+    assert fork(*flags_of(tmp_path, "--epochs", 1)).code() == 0
+    before = """
+import os
+from torch.utils.data._utils import signal_handling
+signal_handling._set_SIGCHLD_handler = lambda: os.kill(os.getpid(), 15)
+"""
+    run = fork(*tiny_run("--eval", "--resume", tmp_path / "checkpoint.pth", "--num_workers", 1), before=before)
+    assert run.code() == 128 + signal.SIGTERM
+    assert run.text.splitlines()[-1] == "stopped by SIGTERM"
+    assert "Traceback" not in run.text
 
 
 def test_a_loader_worker_that_hangs_ends_the_run_at_the_timeout(images, tmp_path):
