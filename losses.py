@@ -34,7 +34,7 @@ class FrozenTeacher:
         return self.model(images), self.hooks.pop()
 
 
-def renormalisation(student, teacher, device):
+def renormalization(student, teacher, device):
     """(scale, shift) for `FrozenTeacher` from both models' (mean, std), three floats each; Nones if they agree."""
     if student == teacher:
         return None, None

@@ -124,3 +124,18 @@ def _check_heads(weights, own, model, replace_head):
         replaced = len(found)
         weights.update({key: own[key] for key in (f"{head}.weight", f"{head}.bias")})
     return replaced
+
+
+def normalization(model):
+    """Return (mean, std) of the images that a model was made for, as timm knows them."""
+    return tuple(model.pretrained_cfg["mean"]), tuple(model.pretrained_cfg["std"])
+
+
+def freeze_all_but_attention(model):
+    """Train attention, position embedding and heads only, as DeiT III fine-tunes (arXiv 2203.09795)."""
+    heads = model.pretrained_cfg["classifier"]
+    heads = (heads,) if isinstance(heads, str) else heads
+    if not any(".attn." in name for name, _ in model.named_parameters()):
+        raise utils.UserError(f"--attn-only: {model.pretrained_cfg['architecture']} has no attention blocks")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = ".attn." in name or name == "pos_embed" or name.startswith(tuple(heads))

@@ -5,6 +5,8 @@ import math
 import torch
 from torch.utils.data import Sampler
 
+from utils import counter_seed
+
 
 class RASampler(Sampler):
     """Repeated augmentation (Hoffer et al., arXiv 1901.09335): copies of one image, each augmented anew.
@@ -94,17 +96,6 @@ class SeededSampler(Sampler):
         for position, index in enumerate(self.sampler):
             if position >= self.start:
                 yield index, counter_seed(self.seed, self.epoch, self.rank, position)
-
-
-def counter_seed(*counters) -> int:
-    """Mixes integers into a 63-bit seed, in the manner of SplitMix64; every counter and its place matter."""
-    state = 0
-    for counter in counters:
-        state = (state + counter + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return state >> 1
 
 
 def random_subset(size: int, number: int, seed: int) -> list[int]:

@@ -1,0 +1,282 @@
+"""What happens when something goes wrong: exit codes, signals, and the launcher."""
+
+import contextlib
+import ctypes
+import datetime
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+from utils import Diverged, Stopped, UserError, as_user_error, error_line, one_line, rank, run_status
+
+# Signals of torchrun, SLURM and other batch systems, and of a terminal that closes.
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGQUIT", "SIGXCPU")
+)
+GRACE = 20.0  # seconds from a signal to the next step boundary; then the run ends without saving
+
+# Exit codes
+
+
+@contextlib.contextmanager
+def exit_codes(*user_errors: type[Exception]) -> Iterator[None]:
+    """End the process with one line on stderr, status.json and an exit code.
+
+    0: done. 1: a bug, which keeps its traceback, or another process failed. 2: a UserError. 3: Diverged.
+    128 + n: stopped by signal n.
+
+    Args:
+        user_errors: further exceptions that count as UserError.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # closed by the parent
+            stream.reconfigure(errors="backslashreplace")  # names that the terminal cannot encode
+    try:
+        yield
+    except (Stopped, KeyboardInterrupt) as stop:
+        stop = stop if isinstance(stop, Stopped) else Stopped(signal.SIGINT)
+        finish(128 + stop.number, "preempted", stop)
+    except Diverged as error:
+        finish(3, "diverged", error)
+    except (UserError, *user_errors) as error:
+        finish(2, "failed", error)
+    except Exception as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            finish(2, "failed", UserError(f"{one_line(error)} Lower --batch-size and raise --accum-steps to match"))
+        elif lost_worker(error):
+            advice = "use fewer --num_workers, more memory, or a longer --loader-timeout"
+            finish(2, "failed", UserError(f"lost a data loading worker: {one_line(error)}: {advice}"))
+        elif lost_contact(error):
+            finish(1, "failed" if rank() == 0 else None, UserError(f"lost another process: {one_line(error)}"))
+        else:
+            run_status.write("failed", rank=rank(), reason=one_line(error))
+            end_loader_workers()
+            raise
+    end_loader_workers()
+
+
+def finish(code: int, status: str | None, error: BaseException) -> None:
+    """Print the error, write the status and end the process."""
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    sys.unraisablehook = lambda _: None  # a half-built loader complains when it is deleted
+    if rank() == 0 or code < 128:
+        with contextlib.suppress(OSError):
+            print(error_line(error) if code < 128 else error, file=sys.stderr, flush=True)
+    if status:
+        run_status.write(status, reason=one_line(error))
+    end_loader_workers()
+    leave_distributed(code)
+    raise SystemExit(code)
+
+
+def lost_worker(error: Exception) -> bool:
+    """Return whether an error says that a loader worker died, hung, or broke off while handing over a batch."""
+    frames = traceback.extract_tb(error.__traceback__)
+    in_loader = any(frame.filename == torch.utils.data.dataloader.__file__ for frame in frames)
+    return str(error).startswith("DataLoader") or (in_loader and isinstance(error, (EOFError, ConnectionError)))
+
+
+def lost_contact(error: Exception) -> bool:
+    """Return whether an error says that another process did not take part in a collective."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def end_loader_workers() -> None:
+    """Kill the loader workers, which ignore signals and would keep this process from ending."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
+def leave_distributed(code: int = 0) -> None:
+    """End a process that has a process group, without the clean-up of Python and torch.
+
+    That clean-up made finished runs on two CPU processes abort ("terminate called without an active exception") in
+    9 of 60 cases, and hang in some where the group was destroyed first.
+    """
+    if not dist.is_initialized():
+        return
+    if code == 0:
+        dist.barrier()
+    end_loader_workers()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, AttributeError):
+            stream.flush()
+    os._exit(code)
+
+
+# Signals
+
+
+class StopRequest:
+    """Collects signals that ask the run to stop, so that all ranks stop at the same step.
+
+    Before `between_steps` there is nothing to save and a signal raises Stopped at once. Afterwards calling the object
+    at a step boundary returns the signal's number, or 0, on all ranks. With several processes the answer is that of
+    the call before: the ranks exchange it while they compute, so no step waits for it.
+    """
+
+    def __init__(self):
+        self.noted, self.number, self.stepping = 0, 0, False
+        self.group, self.pending = None, None
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._note)
+        signal.signal(signal.SIGALRM, self._too_late)
+
+    def _note(self, number, frame):
+        self.noted = number
+        if not self.stepping:
+            raise Stopped(number)
+        signal.setitimer(signal.ITIMER_REAL, GRACE)
+
+    def _too_late(self, number, frame):
+        raise Stopped(self.noted, f": no step ended within {GRACE:g} s, so nothing was saved after the last checkpoint")
+
+    def between_steps(self, timeout: float = 1800.0) -> None:
+        """Start to act on signals at step boundaries only; a collective. `timeout` is that of init_distributed."""
+        if dist.is_initialized():
+            self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
+        self.stepping = True
+
+    def __call__(self) -> int:
+        if self.group is None:
+            self.number = self.noted
+        else:
+            if self.pending is not None:
+                work, answer = self.pending
+                work.wait()
+                self.number = int(answer)
+            answer = torch.tensor([self.noted])
+            work = dist.all_reduce(answer, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
+            self.pending = work, answer
+        if self.number:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        return self.number
+
+
+def begin_loader_worker(_: int) -> None:
+    """Initialize a DataLoader worker: it ends with its process and leaves signals to it."""
+    for number in STOP_SIGNALS:  # torchrun sends them to the whole process group
+        signal.signal(number, signal.SIG_IGN)
+    _signal_when_parent_ends(signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent and os.getppid() != parent.pid:  # it ended before the kernel knew
+        os._exit(1)
+
+
+def _signal_when_parent_ends(number: int) -> None:
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).prctl(1, int(number))  # PR_SET_PDEATHSIG, Linux
+
+
+# The launcher
+
+
+def end_with_launcher(grace: float = 4.0) -> None:
+    """Under torchrun, end this process within 5 seconds of the launcher's end, after a SIGTERM that lets it save."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    launcher = os.getppid()
+    _signal_when_parent_ends(signal.SIGTERM)
+
+    def watch():
+        while os.getppid() == launcher:
+            time.sleep(0.5)
+        time.sleep(grace)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def launched_as(expected: int | None = None) -> tuple[int, int]:
+    """Return (rank, number of processes) from the launcher's environment, (0, 1) without a launcher.
+
+    Args:
+        expected: the number of processes that the user expects, or None.
+
+    Raises:
+        UserError: the variables contradict each other or `expected`, or SLURM started several tasks without them.
+    """
+    env = os.environ
+    found = [name for name in ("RANK", "WORLD_SIZE") if name in env]
+    if not found and env.get("SLURM_NTASKS", "1") != "1" and "SLURM_PROCID" in env:
+        raise UserError(
+            f"SLURM started {env['SLURM_NTASKS']} tasks, but RANK and WORLD_SIZE are not set: run `srun python -m "
+            "torch.distributed.run` with one task per node, as in recipes/one_node.slurm, or unset SLURM_NTASKS"
+        )
+    if len(found) == 1:
+        raise UserError(f"{found[0]} is set without RANK and WORLD_SIZE both: use torch.distributed.run, or unset it")
+    number, size = env.get("RANK", "0"), env.get("WORLD_SIZE", "1")
+    if not (number.isdecimal() and size.isdecimal() and int(number) < int(size)):
+        raise UserError(f"RANK={number} and WORLD_SIZE={size} contradict each other: expected 0 <= RANK < WORLD_SIZE")
+    if expected not in (None, int(size)):
+        raise UserError(
+            f"--world_size {expected} does not match the {size} processes: start with "
+            f"python -m torch.distributed.run --nproc_per_node={expected}, or leave --world_size out"
+        )
+    return int(number), int(size)
+
+
+def init_distributed(
+    device: str = "auto", dist_url: str = "env://", timeout: float = 1800.0, expected: int | None = None
+) -> torch.device:
+    """Join the launcher's process group, if there is one, and return this process's device.
+
+    Args:
+        device: "auto", "cuda", "cuda:1" or "cpu"; without an index it is the GPU of LOCAL_RANK.
+        dist_url: rendezvous address for torch.distributed.
+        timeout: seconds after which a collective that a process does not join ends the job.
+        expected: the number of processes that the user expects, or None.
+
+    Raises:
+        UserError: there is no such device, or the launcher's variables contradict each other.
+    """
+    number, size = launched_as(expected)
+    chosen = _choose_device(device, size)
+    if "RANK" not in os.environ:
+        return chosen
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and _shared_store():
+        # After a restart it still holds the addresses of the processes that ended (pytorch issue 135712).
+        raise UserError("--max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the launcher's environment")
+    limit = datetime.timedelta(seconds=timeout)
+    options: dict = {"backend": "gloo", "timeout": limit}
+    if chosen.type == "cuda":
+        # NCCL's watchdog aborts the process, so it must run out after gloo, which raises an error we can report.
+        later = limit + datetime.timedelta(seconds=120)
+        options = {"backend": "cpu:gloo,cuda:nccl", "timeout": later, "device_id": chosen}
+    with as_user_error("the processes cannot meet: ", ValueError, dist.DistNetworkError):
+        dist.init_process_group(init_method=dist_url, rank=number, world_size=size, **options)
+    return chosen
+
+
+def _shared_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _choose_device(name: str, size: int) -> torch.device:
+    """Return the device of a name, checked against the machine, and make it current."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    with as_user_error(f"--device {name}: expected cuda, cuda:N or cpu: ", RuntimeError):
+        device = torch.device(name)
+    if device.type not in ("cuda", "cpu"):
+        raise UserError(f"--device {name}: expected cuda, cuda:N or cpu")
+    if device.type == "cpu":
+        return device
+    if device.index is not None and size > 1:
+        raise UserError(f"--device {name} would put all {size} processes on one GPU: give --device cuda")
+    index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+    found = torch.cuda.device_count()
+    if index >= found:
+        raise UserError(f"--device {name}: this machine has {found} GPUs, but GPU {index} is wanted: try --device cpu")
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    return device
