@@ -334,10 +334,8 @@ def check_optimization(args: argparse.Namespace, parser: Parser) -> None:
         raise UserError("--sched plateau is not supported: choose a schedule that depends on the epoch alone")
     if args.opt == "adahessian":
         raise UserError("--opt adahessian is not supported: the training loop takes no second derivatives")
-    if args.warmup_epochs > args.epochs:
-        raise UserError(
-            f"--warmup-epochs {args.warmup_epochs} is longer than the run of {args.epochs} epochs: lower it"
-        )
+    if args.warmup_epochs > args.epochs and args.warmup_epochs != parser.get_default("warmup_epochs"):
+        raise UserError(f"--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}: lower it")
     if args.lr_noise and (len(args.lr_noise) > 2 or args.lr_noise != sorted(set(args.lr_noise))):
         raise UserError("--lr-noise takes where the noise starts, or where it starts and ends, in this order")
     for key, flag in (("drop_rate", "--drop"), ("drop_path_rate", "--drop-path")):
