@@ -43,7 +43,7 @@ def load_checkpoint(path: str | Path) -> dict:
         found = named[1] if named else _first_global(path)
         if found:
             raise UserError(f"{path} contains {found}, which is not loaded: save tensors and plain types") from None
-        raise UserError(f"{path} is not a valid checkpoint: {utils.one_line(error)[:200]}") from None
+        raise UserError(f"{path} is not a valid checkpoint: expected a file of torch.save") from None
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path} contains a {type(checkpoint).__name__}, not a checkpoint: expected a dict")
     return checkpoint
