@@ -76,9 +76,9 @@ def unchanged_signal_handlers():
     """A run in this process replaces the handlers of signals; the next test gets the old ones back."""
     import signal
 
-    import utils
+    from faults import STOP_SIGNALS
 
-    before = {number: signal.getsignal(number) for number in utils.STOP_SIGNALS}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
