@@ -18,9 +18,10 @@ from torch import nn
 from torch.amp import GradScaler
 from torch.utils.data import DataLoader, TensorDataset
 
+import engine
 import utils
-from datasets import Prepare
 from checkpoint import TrainState
+from datasets import Prepare
 from engine import Console, ConstantScaler, DivergenceWatch, accumulation_group, evaluate, train_one_epoch
 from losses import TERMS, DistillationLoss, FrozenTeacher
 from samplers import ShardSampler

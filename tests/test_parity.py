@@ -22,7 +22,7 @@ import spectral
 from checkpoint import TrainState
 from engine import ConstantScaler, DivergenceWatch, evaluate, train_one_epoch
 from flags import parse_args
-from weights import extract_weights, load_checkpoint
+from weights import load_checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"
 REFERENCE = GOLDEN / "reference_checkpoint.pth"
@@ -103,7 +103,8 @@ def replay(golden, tmp_path_factory):
     models.load_weights(model, golden["student_init_weights"])
     ema = ModelEmaV3(model, args.model_ema_decay)
     hooks = spectral.FeatureHooks(model, builders.feature_ids(args)[0])
-    criterion = Recorder(builders.build_criterion(args, builders.build_teacher(args, golden["num_classes"], CPU, model)))
+    teacher = builders.build_teacher(args, golden["num_classes"], CPU, model)
+    criterion = Recorder(builders.build_criterion(args, teacher))
     optimizer, scheduler, num_epochs = builders.build_optimizer(args, model)
     common = {"device": CPU, "prepare": nn.Identity()}  # the images are stored as the models see them
     state, epochs = TrainState(model, optimizer, scheduler, ConstantScaler("cpu"), ema, main.TERMS), []
@@ -202,7 +203,7 @@ def test_the_checkpoint_of_the_original_evaluates(golden, folder, run, flags, ke
 
 
 def test_the_checkpoint_of_the_original_restores_weights_average_and_optimizer(golden):
-    args = parse_args(["--data-set", "GRATINGS", *model_flags(golden)])
+    args = parse_args(["--data-set", "GRATINGS", "--batch-size", "4", *model_flags(golden)])
     model = builders.build_student(args, 10)
     ema = ModelEmaV3(model, args.model_ema_decay)
     optimizer, scheduler, _ = builders.build_optimizer(args, model)
