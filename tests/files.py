@@ -23,6 +23,8 @@ def state(number, size=300):
         "model": {f"layer{i}.weight": torch.full((size, 24), float(number)) for i in range(20)},
         "optimizer": {"state": {i: {"exp_avg": torch.full((size, 24), float(number))} for i in range(20)}},
         "number": number,
+        "epoch": number,
+        "best_epoch": number,
         "args": {"lr": 1e-3},
     }
 

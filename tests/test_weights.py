@@ -68,8 +68,8 @@ def test_fifty_flipped_bits_of_a_whole_deit_tiny(tmp_path):
     assert found == 50
 
 
-def test_a_record_that_became_a_folder_is_found(tmp_path):
-    """One bit, outside of what the checksums cover, makes torch 2.14 give uninitialised memory for a tensor."""
+def test_a_record_marked_as_a_folder_is_found(tmp_path):
+    """One bit, outside of what the checksums cover, makes torch 2.14 return uninitialized memory as a tensor."""
     path, whole = tmp_path / "checkpoint.pth", {"model": {"weight": torch.arange(99.0)}}
     torch.save(whole, path)
     data = path.read_bytes()
@@ -117,14 +117,14 @@ def plain_pickle(protocol):
     [torch_file, old_torch_file, plain_pickle(2), plain_pickle(4), plain_pickle(5)],
     ids=["torch", "old torch", "pickle 2", "pickle 4", "pickle 5"],
 )
-def test_a_foreign_class_is_refused_by_name_and_nothing_is_executed(write, tmp_path):
+def test_a_foreign_class_is_named_and_not_executed(write, tmp_path):
     write(Evil(tmp_path / "owned"), tmp_path / "file.pth")
-    with pytest.raises(utils.UserError, match=r"file.pth asks for posix.mkdir and was refused"):
+    with pytest.raises(utils.UserError, match=r"file.pth contains posix.mkdir, which is not loaded"):
         load_checkpoint(tmp_path / "file.pth")
     assert not (tmp_path / "owned").exists()
 
 
-def test_the_namespace_of_older_programs_is_let_through(tmp_path):
+def test_the_namespace_of_deits_files_is_loaded(tmp_path):
     torch.save({"model": {"module.weight": torch.ones(2)}, "args": Namespace(lr=0.1)}, tmp_path / "deit.pth")
     checkpoint = load_checkpoint(tmp_path / "deit.pth")
     assert checkpoint["args"].lr == 0.1
@@ -132,15 +132,15 @@ def test_the_namespace_of_older_programs_is_let_through(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK", b"PK\x03\x04" + b"0" * 99])
-def test_what_is_no_checkpoint_is_said_to_be_none(content, tmp_path):
+def test_what_is_not_a_checkpoint_is_refused(content, tmp_path):
     (tmp_path / "file.pth").write_bytes(content)
-    with pytest.raises(utils.UserError, match=r"file.pth is damaged"):
+    with pytest.raises(utils.UserError, match=r"file.pth is not a valid checkpoint"):
         load_checkpoint(tmp_path / "file.pth")
 
 
-def test_a_file_of_something_else_than_a_dict_is_refused(tmp_path):
+def test_a_file_without_a_dict_is_refused(tmp_path):
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
-    with pytest.raises(utils.UserError, match="holds a list, not a checkpoint"):
+    with pytest.raises(utils.UserError, match="contains a list, not a checkpoint"):
         load_checkpoint(tmp_path / "list.pth")
 
 
@@ -173,15 +173,24 @@ def test_a_download_is_checked_against_the_hash_in_its_name(site):
     assert load_checkpoint(f"{address}/{right}")["model"]["weight"] == 1
     assert load_checkpoint(f"{address}/weights.pth")["model"]["weight"] == 1
     for _ in range(2):  # nor is it taken from the cache the next time
-        with pytest.raises(utils.UserError, match=r"weights-0123abcd.pth has the hash [0-9a-f]{8}, not 0123abcd"):
+        with pytest.raises(utils.UserError, match=r"cannot download .*0123abcd.pth: invalid hash value"):
             load_checkpoint(f"{address}/{wrong}")
     with pytest.raises(utils.UserError, match=r"cannot download .*/missing.pth: .*404"):
         load_checkpoint(f"{address}/missing.pth")
 
 
-def test_a_download_is_not_executed_either(site, tmp_path):
+def test_a_download_is_not_executed(site, tmp_path):
     folder, address = site
     torch_file(Evil(tmp_path / "owned"), folder / "evil.pth")
-    with pytest.raises(utils.UserError, match=r"asks for posix.mkdir"):
+    with pytest.raises(utils.UserError, match=r"contains posix.mkdir"):
         load_checkpoint(f"{address}/evil.pth")
     assert not (tmp_path / "owned").exists()
+
+
+def test_two_urls_with_one_file_name_are_two_files(site):
+    folder, address = site
+    for name, value in (("a", 1.0), ("b", 2.0)):
+        (folder / name).mkdir()
+        torch.save({"weight": torch.full((1,), value)}, folder / name / "model.pth")
+    found = [load_checkpoint(f"{address}/{name}/model.pth")["weight"].item() for name in ("a", "b")]
+    assert found == [1.0, 2.0]
