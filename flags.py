@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from utils import UserError, error_line
+from utils import UserError, as_user_error, error_line
 
 DATA_SETS = ("IMNET", "CIFAR", "INAT", "INAT19", "GRATINGS")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
@@ -46,20 +46,30 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+def key_values(pairs: Sequence[str]) -> dict:
+    """Return ["depth=4", "name=abc"] as {"depth": 4, "name": "abc"}, with values read as Python literals if they are.
+
+    Raises:
+        UserError: a pair is not KEY=VALUE.
+    """
+    result = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not key or not equals:
+            raise UserError(f"expected KEY=VALUE, got {pair}")
+        try:
+            result[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            result[key] = value
+    return result
+
+
 class KeyValues(argparse.Action):
-    """Collect KEY=VALUE words in a dict, with values read as Python literals where they are literals."""
+    """Collect KEY=VALUE words in a dict."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        result = {}
-        for pair in values:
-            key, equals, value = pair.partition("=")
-            if not key or not equals:
-                raise UserError(f"{option_string}: expected KEY=VALUE, got {pair}")
-            try:
-                result[key] = ast.literal_eval(value)
-            except (ValueError, SyntaxError):
-                result[key] = value
-        setattr(namespace, self.dest, result)
+        with as_user_error(f"{option_string}: ", UserError):
+            setattr(namespace, self.dest, key_values(values))
 
 
 def number(kind: type, low: float, high: float = math.inf, *, ends: bool = True) -> Callable[[str], Any]:
@@ -271,6 +281,8 @@ def check_modes(args: argparse.Namespace) -> None:
         raise UserError("--export needs a checkpoint to export: give --resume FILE")
     if args.pretrained and args.finetune:
         raise UserError("--pretrained and --finetune both set the initial weights: give one")
+    if args.resume not in ("", "auto") and (args.pretrained or args.finetune):
+        raise UserError("--resume brings the weights: leave --finetune and --pretrained out")
     if args.resume == "auto" and not args.output_dir:
         raise UserError("--resume auto looks in --output_dir, which is not given: name the run's folder")
     if args.resume == "auto" and args.start_epoch is not None:

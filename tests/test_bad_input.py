@@ -11,6 +11,7 @@ from PIL import Image
 
 import main
 import utils
+from flags import key_values, parse_args
 
 
 def jpeg_folder(root, classes=("ant", "bee"), splits=("train", "val"), images=4):
@@ -33,7 +34,7 @@ def places(tmp_path_factory, teacher_file):
     (root / "empty_class" / "train" / "cow").mkdir()
     shutil.copytree(images, root / "other_classes")
     shutil.move(root / "other_classes" / "val" / "bee", root / "other_classes" / "val" / "wasp")
-    native = {key: value for key, value in utils.key_values(TEACHER).items() if key != "img_size"}
+    native = {key: value for key, value in key_values(TEACHER).items() if key != "img_size"}
     torch.save(timm.create_model("cait_s24_224", num_classes=24, **native).state_dict(), root / "hub.pth")
     whole = torch.load(teacher_file, weights_only=True)
     torch.save({"model": whole}, root / "only_weights.pth")
@@ -221,7 +222,7 @@ WITH_A_MODEL = {
 def refused(command, places):
     """The line that a command line ends with."""
     with pytest.raises(utils.UserError) as caught:
-        main.main(main.parse_args(command.format(**places).split()))
+        main.main(parse_args(command.format(**places).split()))
     return str(caught.value)
 
 
@@ -239,7 +240,7 @@ def test_a_mistake_that_a_model_shows_is_refused(name, places):
 
 
 def test_the_tiny_command_lines_are_good_without_the_mistake(places):
-    main.main(main.parse_args(f"{TINY} {DISTIL}".format(**places).split()))
+    main.main(parse_args(f"{TINY} {DISTIL}".format(**places).split()))
 
 
 def test_a_mistake_ends_the_program_with_one_line_and_code_2():
@@ -249,7 +250,7 @@ def test_a_mistake_ends_the_program_with_one_line_and_code_2():
 
 
 def test_a_minimum_above_the_scaled_learning_rate_is_a_warning(capsys):
-    main.main(main.parse_args(tiny_run("--lr", "1e-4")))  # of a global batch of 512; here it is 16
+    main.main(parse_args(tiny_run("--lr", "1e-4")))  # of a global batch of 512; here it is 16
     assert "warning: --min-lr 1e-05 is above this learning rate" in capsys.readouterr().out
 
 
@@ -283,7 +284,7 @@ NOTED = {
 @pytest.mark.parametrize("name", NOTED)
 def test_a_flag_that_may_stay_in_a_command_line_is_said_to_have_no_effect(name, places, capsys):
     flags, message = NOTED[name]
-    main.parse_args(f"{TINY} {flags}".format(**places).split())
+    parse_args(f"{TINY} {flags}".format(**places).split())
     assert message in capsys.readouterr().out
 
 
@@ -293,20 +294,20 @@ def test_the_published_commands_have_no_flag_without_effect(monkeypatch, tmp_pat
     commands = re.findall(r"nproc_per_node=2 main\.py (--output_dir .*)", (ROOT / "README.md").read_text())
     assert len(commands) == 3
     for command in commands:
-        main.parse_args(command.split())
+        parse_args(command.split())
     assert capsys.readouterr().out == ""
 
 
 def test_scoring_says_where_the_run_had_other_images(tmp_path, capsys):
-    main.main(main.parse_args(tiny_run("--output_dir", str(tmp_path))))
+    main.main(parse_args(tiny_run("--output_dir", str(tmp_path))))
     other = ["--eval", "--resume", str(tmp_path / "checkpoint.pth"), "--eval-crop-ratio", "1.0"]
-    main.main(main.parse_args(tiny_run(*other)))
+    main.main(parse_args(tiny_run(*other)))
     assert "the run had --eval-crop-ratio 0.875, this scores with --eval-crop-ratio 1.0" in capsys.readouterr().out
 
 
 def test_validation_images_alone_are_enough_to_score(places, tmp_path):
     flags = f"{IMNET} --data-path {{no_train}} --model-kwargs {' '.join(STUDENT)}".format(**places).split()
-    model = timm.create_model("deit_tiny_patch16_224", num_classes=2, **main.key_values(STUDENT))
+    model = timm.create_model("deit_tiny_patch16_224", num_classes=2, **key_values(STUDENT))
     torch.save(model.state_dict(), tmp_path / "weights.pth")
-    stats = main.main(main.parse_args([*flags, "--eval", "--resume", str(tmp_path / "weights.pth")]))
+    stats = main.main(parse_args([*flags, "--eval", "--resume", str(tmp_path / "weights.pth")]))
     assert stats["images"] == 8

@@ -9,12 +9,13 @@ from conftest import STUDENT, distil, tiny_run
 
 import main
 import utils
+from flags import key_values, parse_args
 
-KWARGS = main.key_values(STUDENT)
+KWARGS = key_values(STUDENT)
 
 
 def export(checkpoint, file, *more):
-    main.main(main.parse_args(["--export", str(file), "--resume", str(checkpoint), *more]))
+    main.main(parse_args(["--export", str(file), "--resume", str(checkpoint), *more]))
     return file
 
 
@@ -32,7 +33,7 @@ def assert_same_model(name, file, weights, **kwargs):
 
 def test_student_and_moving_average_of_a_run_load_in_timm(tmp_path, teacher_file, capsys):
     out = tmp_path / "run"
-    main.main(main.parse_args(tiny_run("--output_dir", out, "--model-ema-decay", 0.5, *distil(teacher_file))))
+    main.main(parse_args(tiny_run("--output_dir", out, "--model-ema-decay", 0.5, *distil(teacher_file))))
     checkpoint = torch.load(out / "model_best.pth", weights_only=True)
     student = export(out / "model_best.pth", tmp_path / "student.safetensors")
     average = export(out / "model_best.pth", tmp_path / "average.safetensors", "--eval-ema")

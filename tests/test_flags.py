@@ -9,8 +9,10 @@ import timm
 import torch
 from conftest import distil, tiny_run
 
+import builders
 import main
 import utils
+from flags import parse_args
 
 BASE = ("--epochs", "3", "--warmup-epochs", "1", "--batch-size", "8", "--gratings-sizes", "32", "8", "--lr", "0.05")
 
@@ -84,7 +86,7 @@ DISTILLING = [
 
 def trained(folder, *flags):
     """The checkpoint that a run leaves."""
-    main.main(main.parse_args(tiny_run(*BASE, "--output_dir", str(folder), *flags)))
+    main.main(parse_args(tiny_run(*BASE, "--output_dir", str(folder), *flags)))
     return torch.load(folder / "checkpoint.pth", weights_only=True)
 
 
@@ -138,14 +140,14 @@ def test_milestones_are_kept(tmp_path):
 
 
 def test_noise_of_the_learning_rate_begins_at_its_part_of_the_epochs():
-    args = main.parse_args(tiny_run("--epochs", "20", "--lr-noise", "0.5"))
-    _, scheduler, _ = main.build_optimizer(args, torch.nn.Linear(1, 1))
+    args = parse_args(tiny_run("--epochs", "20", "--lr-noise", "0.5"))
+    _, scheduler, _ = builders.build_optimizer(args, torch.nn.Linear(1, 1))
     assert scheduler.noise_range_t == 10
 
 
 def test_plateau_without_a_warm_up_begins_and_goes_on_at_the_full_rate():
-    args = main.parse_args(tiny_run("--epochs", "4", "--sched", "plateau", "--lr", "0.5"))
-    optimizer, scheduler, _ = main.build_optimizer(args, torch.nn.Linear(1, 1))
+    args = parse_args(tiny_run("--epochs", "4", "--sched", "plateau", "--lr", "0.5"))
+    optimizer, scheduler, _ = builders.build_optimizer(args, torch.nn.Linear(1, 1))
     rates = []
     for epoch in range(3):
         rates.append(optimizer.param_groups[0]["lr"])

@@ -11,7 +11,11 @@ from conftest import STUDENT, distil, run_main, tiny_run
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import builders
+import datasets
 import main
+import samplers
+from flags import key_values, parse_args
 
 LOG_KEYS = {
     *("train_lr", "train_loss", "train_loss_base", "train_loss_fft", "train_loss_dist"),
@@ -21,7 +25,7 @@ LOG_KEYS = {
 
 def run(*flags):
     """Runs main in this process."""
-    return main.main(main.parse_args(list(map(str, flags))))
+    return main.main(parse_args(list(map(str, flags))))
 
 
 def scores(text):
@@ -97,13 +101,13 @@ def test_eval_ema_scores_the_moving_average(distilled):
 
 
 def test_the_copies_of_an_image_are_augmented_differently_on_two_processes():
-    args = main.parse_args(tiny_run())
+    args = parse_args(tiny_run())
     batches = []
     for rank in range(2):
-        dataset, _ = main.build_datasets(args)
-        order = main.samplers.RASampler(dataset, 2, rank)
-        sampler = main.samplers.SeededSampler(order, args.seed, rank)
-        seeded = main.datasets.SeededDataset(dataset)
+        dataset, _ = builders.build_datasets(args)
+        order = samplers.RASampler(dataset, 2, rank)
+        sampler = samplers.SeededSampler(order, args.seed, rank)
+        seeded = datasets.SeededDataset(dataset)
         batches.append([(key[0], seeded[key][0]) for key in list(sampler)[:4]])
     copies = [(a, b) for i, a in batches[0] for j, b in batches[1] if i == j]
     assert copies
@@ -134,7 +138,7 @@ def test_a_distilled_student_learns_from_labels_on_one_head_and_the_teacher_on_t
     run(*flags, "--distillation-type", "hard", "--lr", "0.01")
     weights = torch.load(tmp_path / "checkpoint.pth", weights_only=True)["model"]
     assert not torch.equal(weights["head.bias"], weights["head_dist.bias"])
-    model = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=24, **main.key_values(STUDENT)).eval()
+    model = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=24, **key_values(STUDENT)).eval()
     model.load_state_dict(weights)
     images = torch.rand(2, 3, 32, 32)
     features = model.forward_features(images)
@@ -161,7 +165,7 @@ def test_any_pair_of_families_trains(student, teacher, ids, tmp_path, capsys):
         name_flag, kwargs_flag = f"--{kind}model", "--teacher-kwargs" if kind else "--model-kwargs"
         torch.manual_seed(0)
         fixed = ["img_size=64"] if "resnet" not in name else []
-        model = timm.create_model(name, num_classes=24, **main.key_values(kwargs + fixed))
+        model = timm.create_model(name, num_classes=24, **key_values(kwargs + fixed))
         flags += [name_flag, name, kwargs_flag, *kwargs]
     torch.save(model.state_dict(), tmp_path / "teacher.pth")
     ids = ids.split()

@@ -11,6 +11,7 @@ from PIL import Image
 
 import main
 import tables
+from flags import key_values, parse_args
 
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.args"))
 
@@ -66,7 +67,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def read(images):
-    return lambda recipe, *more: main.parse_args(
+    return lambda recipe, *more: parse_args(
         [f"@recipes/{recipe}.args", "--data-path", str(images), "--device", "cpu", *more]
     )
 
@@ -81,7 +82,7 @@ def differences(a, b):
 @pytest.mark.parametrize("recipe", PUBLISHED)
 def test_a_recipe_is_its_published_command_line(recipe, read, images):
     flags = shlex.split(PUBLISHED[recipe].replace("ILSVRC2012", str(images)))[1:]
-    published = main.parse_args([*flags, "--device", "cpu"])
+    published = parse_args([*flags, "--device", "cpu"])
     assert differences(published, read(recipe, "--num_workers", "16", "--output_dir", published.output_dir)) == {}
     assert published.s_id  # that is, the flags were understood
 
@@ -105,7 +106,7 @@ def test_a_control_differs_from_the_method_in_what_it_controls_for_alone(recipe,
 @pytest.mark.parametrize("student", ["deit_tiny", "deit_small"])
 def test_deits_own_recipes_are_deits(student, read):
     scratch, hard = read(f"{student}_baseline"), read(f"{student}_hard_distilled")
-    defaults = main.parse_args(["--data-path", scratch.data_path, "--device", "cpu"])
+    defaults = parse_args(["--data-path", scratch.data_path, "--device", "cpu"])
     deits = {"batch_size": 512, "drop_path": 0.1, "mixup": 0.8, "cutmix": 1.0, "epochs": 300}
     assert {name: value for name, (value, _) in differences(scratch, defaults).items()} | {"epochs": 300} == deits | (
         {"model": "deit_small_patch16_224"} if student == "deit_small" else {}
@@ -146,7 +147,7 @@ def teacher_files(tmp_path_factory):
     """{teacher: file of random weights of its narrow version}."""
     root, files = tmp_path_factory.mktemp("teachers"), {}
     for name in (*TEACHERS.values(), "regnety_160.deit_in1k"):
-        model = timm.create_model(name, num_classes=2, **main.key_values(small(name)))
+        model = timm.create_model(name, num_classes=2, **key_values(small(name)))
         files[name] = root / f"{name}.pth"
         torch.save(model.state_dict(), files[name])
     return files
