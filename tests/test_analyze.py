@@ -293,6 +293,7 @@ def analysed(tmp_path_factory):
 
 
 @pytest.mark.parametrize("more", [("--batch-size", 1), ("--batch-size", 4)])
+@pytest.mark.slow
 def test_results_do_not_depend_on_the_batch_size(analysed, more, tmp_path, monkeypatch):
     folder, flags = analysed
     monkeypatch.setattr(analyze, "draw", lambda *_: {})
@@ -363,6 +364,7 @@ def test_depth_is_relative_where_models_differ_in_it_and_blocks_are_numbered_whe
 
 
 @pytest.mark.parametrize("num", [1, 4, 5])
+@pytest.mark.slow
 def test_figures_of_any_number_of_models_can_be_drawn(num):
     def fake(i):
         width = 6 + 2 * i
@@ -430,6 +432,7 @@ def trained(tmp_path_factory, teacher_file):
 
 
 @pytest.mark.parametrize("other", ["without", "resumed"])
+@pytest.mark.slow
 def test_logging_spectra_changes_neither_the_run_nor_its_resume(trained, other):
     checkpoints = [torch.load(trained / name / "checkpoint.pth", weights_only=True) for name in ("with", other)]
     for part in ("model", "model_ema"):
@@ -455,6 +458,7 @@ def test_a_resumed_run_logs_the_same_curves(trained):
     assert "teacher_intensity" not in (trained / "resumed" / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_logged_curves_are_those_of_the_command_on_the_run_folder(trained, teacher_file, tmp_path, capsys):
     sources = [f"run={trained / 'with'}", f"teacher=cait_s24_224:{teacher_file}"]
     run("--compare", *sources, "--model-kwargs", *TEACHER, "--input-size", 32, "--output_dir", tmp_path)
@@ -488,6 +492,7 @@ def test_weights_are_read_from_every_kind_of_file(trained, tmp_path, capsys):
     assert tables["ema"] != tables["folder"]
 
 
+@pytest.mark.slow
 def test_curves_are_logged_by_the_first_of_two_processes(tmp_path):
     done = run_main(*tiny_run("--spectra-every", 1, "--output_dir", tmp_path), processes=2)
     assert done.returncode == 0, done.stderr
@@ -552,6 +557,7 @@ def test_bad_input_is_said_in_one_line(case, files):
         run(*flags.format(**files).split(), *data)
 
 
+@pytest.mark.slow
 def test_the_program_ends_bad_input_with_exit_code_2_and_without_a_traceback():
     done = subprocess.run(
         [sys.executable, str(ROOT / "analyze.py"), "--model", "deit_tini"], capture_output=True, text=True, check=False

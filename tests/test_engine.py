@@ -478,6 +478,7 @@ def two_processes(tmp_path_factory):
 
 
 @pytest.mark.parametrize("num_images", [1, 2, 3, 17])
+@pytest.mark.slow
 def test_two_processes_count_every_image_once(two_processes, num_images):
     """Also where a process has no image at all."""
     _, dataset, logits = make_scored(num_images)

@@ -393,6 +393,7 @@ def test_a_plot_that_cannot_be_written_is_one_line(file, tmp_path, write, capsys
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_table_needs_neither_torch_nor_matplotlib(write):
     code = "import sys, tables; tables.main(sys.argv[1:]); print({'torch', 'numpy', 'matplotlib'} & set(sys.modules))"
     command = [sys.executable, "-c", code, str(write("run", [1, 2, 3]))]

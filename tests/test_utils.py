@@ -218,6 +218,7 @@ def kill_while_saving(folder, kills):
     return hits
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_of_a_save_leaves_whole_checkpoints(tmp_path):
     assert kill_while_saving(tmp_path, 20) >= 5
 
