@@ -304,6 +304,7 @@ def test_results_do_not_depend_on_the_batch_size(analysed, more, tmp_path, monke
         np.testing.assert_allclose(found[name], value, rtol=2e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_numbers_are_those_of_the_model_run_by_hand_on_the_same_images(analysed):
     folder, _ = analysed
     images = json.loads((folder / "spectra.json").read_text())["images"]
@@ -315,6 +316,7 @@ def test_numbers_are_those_of_the_model_run_by_hand_on_the_same_images(analysed)
     np.testing.assert_allclose(numbers(folder)["student/intensity"], expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_files_hold_the_documented_keys_for_every_model_and_block(analysed):
     folder, _ = analysed
     document = json.loads((folder / "spectra.json").read_text())
@@ -334,6 +336,7 @@ def test_files_hold_the_documented_keys_for_every_model_and_block(analysed):
 
 
 @pytest.mark.parametrize("name", ["intensity", "spectrum", "heatmap", "radial", "suggestion"])
+@pytest.mark.slow
 def test_figures_are_written_as_png_of_printable_size_and_pdf(analysed, name):
     folder, _ = analysed
     image = np.asarray(Image.open(folder / f"{name}.png").convert("L"))
@@ -342,6 +345,7 @@ def test_figures_are_written_as_png_of_printable_size_and_pdf(analysed, name):
     assert (folder / f"{name}.pdf").read_bytes().startswith(b"%PDF")
 
 
+@pytest.mark.slow
 def test_tensorboard_receives_the_curves_over_blocks_and_the_figures(analysed):
     folder, _ = analysed
     events = EventAccumulator(str(folder / "tensorboard" / "student")).Reload()
@@ -441,6 +445,7 @@ def test_logging_spectra_changes_neither_the_run_nor_its_resume(trained, other):
     assert checkpoints[0]["meter"] == checkpoints[1]["meter"]
 
 
+@pytest.mark.slow
 def test_curves_are_logged_every_so_many_epochs_and_the_teachers_once(trained):
     lines = [json.loads(line) for line in (trained / "with" / "log.txt").read_text().splitlines()]
     assert ["student_intensity" in line for line in lines] == [False, True, False, True]
@@ -452,6 +457,7 @@ def test_curves_are_logged_every_so_many_epochs_and_the_teachers_once(trained):
     np.testing.assert_allclose(points[1].value, lines[3]["student_intensity"][3], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_logs_the_same_curves(trained):
     straight, resumed = ((trained / name / "log.txt").read_text().splitlines()[-1] for name in ("with", "resumed"))
     assert json.loads(straight)["student_intensity"] == json.loads(resumed)["student_intensity"]
@@ -469,6 +475,7 @@ def test_logged_curves_are_those_of_the_command_on_the_run_folder(trained, teach
     np.testing.assert_allclose(found["teacher/intensity"], lines[1]["teacher_intensity"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_weights_are_read_from_every_kind_of_file(trained, tmp_path, capsys):
     checkpoint = torch.load(trained / "with" / "checkpoint.pth", weights_only=True)
     deit = {**checkpoint, "args": argparse.Namespace(**checkpoint["args"])}

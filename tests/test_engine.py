@@ -487,6 +487,7 @@ def test_two_processes_count_every_image_once(two_processes, num_images):
     assert {name: stats[name] for name in expected} == expected
 
 
+@pytest.mark.slow
 def test_two_processes_score_one_of_seventeen_as_5_88_percent(two_processes):
     """The original pads to 18 images, counts the first one twice, and prints 11.11."""
     for stats in (two_processes["shared"], two_processes["not_shared"]):
@@ -494,6 +495,7 @@ def test_two_processes_score_one_of_seventeen_as_5_88_percent(two_processes):
         assert round(stats["acc1"], 2) == 5.88
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_with_their_batches_together(two_processes):
     model = make_model()
     _, meter = train(model, make_batches(5), accum_steps=2)
@@ -505,6 +507,7 @@ def test_two_processes_train_as_one_with_their_batches_together(two_processes):
         torch.testing.assert_close(got, torch.tensor(value, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_two_processes_distil_as_one(two_processes):
     """The hooks sit on the bare model inside DistributedDataParallel, and the teacher outside of it."""
     weights, meter = distil()

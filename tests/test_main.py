@@ -64,6 +64,7 @@ def test_two_processes_train_and_write_everything(distilled):
     assert arguments["world_size"] == 2
 
 
+@pytest.mark.slow
 def test_tensorboard_holds_every_number_of_the_log(distilled):
     folder, _ = distilled
     events = EventAccumulator(str(folder))
@@ -86,12 +87,14 @@ def test_eval_prints_the_accuracy_that_training_printed(distilled, processes):
     assert scores(printed)[-1][0] == "49"
 
 
+@pytest.mark.slow
 def test_eval_takes_the_training_command_as_it_was(distilled, teacher_file):
     folder, printed = distilled
     flags = tiny_run(*distil(teacher_file), "--gratings-sizes", 96, 49, "--eval", "--resume", folder / "checkpoint.pth")
     assert f"{run(*flags)['acc1']:.3f}" == scores(printed)[-1][1]
 
 
+@pytest.mark.slow
 def test_eval_ema_scores_the_moving_average(distilled):
     folder, _ = distilled
     flags = tiny_run("--gratings-sizes", 96, 49, "--eval", "--resume", folder / "checkpoint.pth")

@@ -215,6 +215,7 @@ def host_reads(num_steps, fused):
     return reads.count
 
 
+@pytest.mark.slow
 def test_no_step_waits_for_the_device_with_the_default_optimizer():
     """Between console lines; what AdamW asks for without its fused kernel shows that this would be noticed."""
     assert host_reads(8, fused=True) == host_reads(4, fused=True)

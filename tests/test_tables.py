@@ -401,6 +401,7 @@ def test_a_table_needs_neither_torch_nor_matplotlib(write):
     assert result.stdout.splitlines()[-1] == "set()"
 
 
+@pytest.mark.slow
 def test_a_run_of_the_trainer_is_read(tmp_path, table):
     """The contract between utils.RunLog and the table, the average of the weights included."""
     for seed in (0, 1):

@@ -355,6 +355,7 @@ def test_a_second_name_is_given_where_links_are_not_possible(tmp_path, monkeypat
     assert not list(tmp_path.glob(".*.tmp"))
 
 
+@pytest.mark.slow
 def test_a_child_that_outlives_its_process_does_not_keep_the_lock(tmp_path):
     """As a loader worker may for a moment."""
     lock = f"import os, time, utils; lock = utils.FolderLock({str(tmp_path)!r})\n"
