@@ -293,6 +293,7 @@ def analysed(tmp_path_factory):
 
 
 @pytest.mark.parametrize("more", [("--batch-size", 1), ("--batch-size", 4)])
+@pytest.mark.slow
 def test_results_do_not_depend_on_the_batch_size(analysed, more, tmp_path, monkeypatch):
     folder, flags = analysed
     monkeypatch.setattr(analyze, "draw", lambda *_: {})
@@ -303,6 +304,7 @@ def test_results_do_not_depend_on_the_batch_size(analysed, more, tmp_path, monke
         np.testing.assert_allclose(found[name], value, rtol=2e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_numbers_are_those_of_the_model_run_by_hand_on_the_same_images(analysed):
     folder, _ = analysed
     images = json.loads((folder / "spectra.json").read_text())["images"]
@@ -314,6 +316,7 @@ def test_numbers_are_those_of_the_model_run_by_hand_on_the_same_images(analysed)
     np.testing.assert_allclose(numbers(folder)["student/intensity"], expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_files_hold_the_documented_keys_for_every_model_and_block(analysed):
     folder, _ = analysed
     document = json.loads((folder / "spectra.json").read_text())
@@ -333,6 +336,7 @@ def test_files_hold_the_documented_keys_for_every_model_and_block(analysed):
 
 
 @pytest.mark.parametrize("name", ["intensity", "spectrum", "heatmap", "radial", "suggestion"])
+@pytest.mark.slow
 def test_figures_are_written_as_png_of_printable_size_and_pdf(analysed, name):
     folder, _ = analysed
     image = np.asarray(Image.open(folder / f"{name}.png").convert("L"))
@@ -341,6 +345,7 @@ def test_figures_are_written_as_png_of_printable_size_and_pdf(analysed, name):
     assert (folder / f"{name}.pdf").read_bytes().startswith(b"%PDF")
 
 
+@pytest.mark.slow
 def test_tensorboard_receives_the_curves_over_blocks_and_the_figures(analysed):
     folder, _ = analysed
     events = EventAccumulator(str(folder / "tensorboard" / "student")).Reload()
@@ -363,6 +368,7 @@ def test_depth_is_relative_where_models_differ_in_it_and_blocks_are_numbered_whe
 
 
 @pytest.mark.parametrize("num", [1, 4, 5])
+@pytest.mark.slow
 def test_figures_of_any_number_of_models_can_be_drawn(num):
     def fake(i):
         width = 6 + 2 * i
@@ -430,6 +436,7 @@ def trained(tmp_path_factory, teacher_file):
 
 
 @pytest.mark.parametrize("other", ["without", "resumed"])
+@pytest.mark.slow
 def test_logging_spectra_changes_neither_the_run_nor_its_resume(trained, other):
     checkpoints = [torch.load(trained / name / "checkpoint.pth", weights_only=True) for name in ("with", other)]
     for part in ("model", "model_ema"):
@@ -438,6 +445,7 @@ def test_logging_spectra_changes_neither_the_run_nor_its_resume(trained, other):
     assert checkpoints[0]["meter"] == checkpoints[1]["meter"]
 
 
+@pytest.mark.slow
 def test_curves_are_logged_every_so_many_epochs_and_the_teachers_once(trained):
     lines = [json.loads(line) for line in (trained / "with" / "log.txt").read_text().splitlines()]
     assert ["student_intensity" in line for line in lines] == [False, True, False, True]
@@ -449,12 +457,14 @@ def test_curves_are_logged_every_so_many_epochs_and_the_teachers_once(trained):
     np.testing.assert_allclose(points[1].value, lines[3]["student_intensity"][3], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_logs_the_same_curves(trained):
     straight, resumed = ((trained / name / "log.txt").read_text().splitlines()[-1] for name in ("with", "resumed"))
     assert json.loads(straight)["student_intensity"] == json.loads(resumed)["student_intensity"]
     assert "teacher_intensity" not in (trained / "resumed" / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_logged_curves_are_those_of_the_command_on_the_run_folder(trained, teacher_file, tmp_path, capsys):
     sources = [f"run={trained / 'with'}", f"teacher=cait_s24_224:{teacher_file}"]
     run("--compare", *sources, "--model-kwargs", *TEACHER, "--input-size", 32, "--output_dir", tmp_path)
@@ -465,6 +475,7 @@ def test_logged_curves_are_those_of_the_command_on_the_run_folder(trained, teach
     np.testing.assert_allclose(found["teacher/intensity"], lines[1]["teacher_intensity"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_weights_are_read_from_every_kind_of_file(trained, tmp_path, capsys):
     checkpoint = torch.load(trained / "with" / "checkpoint.pth", weights_only=True)
     deit = {**checkpoint, "args": argparse.Namespace(**checkpoint["args"])}
@@ -488,6 +499,7 @@ def test_weights_are_read_from_every_kind_of_file(trained, tmp_path, capsys):
     assert tables["ema"] != tables["folder"]
 
 
+@pytest.mark.slow
 def test_curves_are_logged_by_the_first_of_two_processes(tmp_path):
     done = run_main(*tiny_run("--spectra-every", 1, "--output_dir", tmp_path), processes=2)
     assert done.returncode == 0, done.stderr
@@ -552,6 +564,7 @@ def test_bad_input_is_said_in_one_line(case, files):
         run(*flags.format(**files).split(), *data)
 
 
+@pytest.mark.slow
 def test_the_program_ends_bad_input_with_exit_code_2_and_without_a_traceback():
     done = subprocess.run(
         [sys.executable, str(ROOT / "analyze.py"), "--model", "deit_tini"], capture_output=True, text=True, check=False

@@ -243,6 +243,7 @@ def test_the_tiny_command_lines_are_good_without_the_mistake(places):
     main.main(parse_args(f"{TINY} {DISTIL}".format(**places).split()))
 
 
+@pytest.mark.slow
 def test_a_mistake_ends_the_program_with_one_line_and_code_2():
     done = run_main(*tiny_run("--lr", "nan"))
     assert done.returncode == 2

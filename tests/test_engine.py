@@ -494,6 +494,7 @@ def two_processes(tmp_path_factory):
 
 
 @pytest.mark.parametrize("num_images", [1, 2, 3, 17])
+@pytest.mark.slow
 def test_two_processes_count_every_image_once(two_processes, num_images):
     """Also where a process has no image at all."""
     _, dataset, logits = make_scored(num_images)
@@ -502,6 +503,7 @@ def test_two_processes_count_every_image_once(two_processes, num_images):
     assert {name: stats[name] for name in expected} == expected
 
 
+@pytest.mark.slow
 def test_two_processes_score_one_of_seventeen_as_5_88_percent(two_processes):
     """The original pads to 18 images, counts the first one twice, and prints 11.11."""
     for stats in (two_processes["shared"], two_processes["not_shared"]):
@@ -509,6 +511,7 @@ def test_two_processes_score_one_of_seventeen_as_5_88_percent(two_processes):
         assert round(stats["acc1"], 2) == 5.88
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_with_their_batches_together(two_processes):
     model = make_model()
     meter = train(model, make_batches(5), accum_steps=2).meter
@@ -520,6 +523,7 @@ def test_two_processes_train_as_one_with_their_batches_together(two_processes):
         torch.testing.assert_close(got, torch.tensor(value, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_two_processes_distill_as_one(two_processes):
     """The hooks sit on the bare model inside DistributedDataParallel, and the teacher outside of it."""
     weights, meter = distill()

@@ -22,6 +22,8 @@ import engine
 import main
 import utils
 
+pytestmark = pytest.mark.slow
+
 
 def status(folder):
     return json.loads((folder / "status.json").read_text())

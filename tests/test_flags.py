@@ -108,26 +108,31 @@ def base(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("flags", "common"), TRAINING)
+@pytest.mark.slow
 def test_a_training_flag_changes_the_weights(flags, common, base, tmp_path):
     common = common.split()
     assert differ(trained(tmp_path, *common, *flags.split())["model"], base(*common)["model"])
 
 
 @pytest.mark.parametrize(("flags", "common"), DISTILLING)
+@pytest.mark.slow
 def test_a_distillation_flag_changes_the_weights(flags, common, base, tmp_path, teacher_file):
     common = [*distil(teacher_file), *common.split()]
     assert differ(trained(tmp_path, *common, *flags.split())["model"], base(*common)["model"])
 
 
+@pytest.mark.slow
 def test_the_same_flags_give_the_same_weights(base, tmp_path):
     assert not differ(trained(tmp_path)["model"], base()["model"])
 
 
 @pytest.mark.parametrize("flags", ["--num_workers 2 --loader-timeout 60", "--eval-ema", "--spectra-every 1"])
+@pytest.mark.slow
 def test_a_flag_of_the_machinery_leaves_the_weights_alone(flags, base, tmp_path):
     assert not differ(trained(tmp_path, *flags.split())["model"], base()["model"])
 
 
+@pytest.mark.slow
 def test_the_moving_average_follows_its_decay_and_can_be_left_out(base, tmp_path):
     assert differ(trained(tmp_path / "decay", "--model-ema-decay", "0.5")["model_ema"], base()["model_ema"])
     assert not differ(trained(tmp_path / "cpu", "--model-ema-force-cpu")["model_ema"], base()["model_ema"])
@@ -155,6 +160,7 @@ def test_plateau_without_a_warm_up_begins_and_goes_on_at_the_full_rate():
     assert rates == [0.5 * 16 / 512] * 3
 
 
+@pytest.mark.slow
 def test_the_deviation_of_the_noise_is_heard_or_refused(base, tmp_path):
     """timm 1.0.11 takes it and never reads it."""
     common = ["--lr-noise", "0.0", "1.0", "--warmup-epochs", "0"]

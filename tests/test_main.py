@@ -43,6 +43,7 @@ def distilled(tmp_path_factory, teacher_file):
     return folder, done.stdout
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_write_everything(distilled):
     folder, printed = distilled
     lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
@@ -67,6 +68,7 @@ def test_two_processes_train_and_write_everything(distilled):
     assert arguments["world_size"] == 2
 
 
+@pytest.mark.slow
 def test_tensorboard_holds_every_number_of_the_log(distilled):
     folder, _ = distilled
     events = EventAccumulator(str(folder))
@@ -79,6 +81,7 @@ def test_tensorboard_holds_every_number_of_the_log(distilled):
 
 
 @pytest.mark.parametrize("processes", [0, 2])
+@pytest.mark.slow
 def test_eval_prints_the_accuracy_that_training_printed(distilled, processes):
     folder, printed = distilled
     flags = tiny_run("--gratings-sizes", 96, 49, "--eval", "--resume", folder / "checkpoint.pth")
@@ -88,12 +91,14 @@ def test_eval_prints_the_accuracy_that_training_printed(distilled, processes):
     assert scores(printed)[-1][0] == "49"
 
 
+@pytest.mark.slow
 def test_eval_takes_the_training_command_as_it_was(distilled, teacher_file):
     folder, printed = distilled
     flags = tiny_run(*distil(teacher_file), "--gratings-sizes", 96, 49, "--eval", "--resume", folder / "checkpoint.pth")
     assert f"{run(*flags)['acc1']:.3f}" == scores(printed)[-1][1]
 
 
+@pytest.mark.slow
 def test_eval_ema_scores_the_moving_average(distilled):
     folder, _ = distilled
     flags = tiny_run("--gratings-sizes", 96, 49, "--eval", "--resume", folder / "checkpoint.pth")
@@ -123,6 +128,7 @@ def test_a_dry_run_says_what_was_built_and_writes_nothing(teacher_file, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_finetune_replaces_a_head_of_another_class_count(distilled, tmp_path, capsys):
     folder, _ = distilled
     run(*tiny_run("--finetune", folder / "model_best.pth", "--num-classes", 30, "--output_dir", tmp_path, "--lr", 0))
@@ -133,6 +139,7 @@ def test_finetune_replaces_a_head_of_another_class_count(distilled, tmp_path, ca
     assert len(after["head.weight"]) == 30
 
 
+@pytest.mark.slow
 def test_a_distilled_student_learns_from_labels_on_one_head_and_the_teacher_on_the_other(teacher_file, tmp_path):
     flags = tiny_run(*distil(teacher_file), "--model", "deit_tiny_distilled_patch16_224", "--output_dir", tmp_path)
     run(*flags, "--distillation-type", "hard", "--lr", "0.01")
@@ -159,6 +166,7 @@ def test_a_distilled_student_learns_from_labels_on_one_head_and_the_teacher_on_t
         ),
     ],
 )
+@pytest.mark.slow
 def test_any_pair_of_families_trains(student, teacher, ids, tmp_path, capsys):
     flags = []
     for kind, (name, *kwargs) in (("", student.split()), ("teacher-", teacher.split())):
@@ -194,6 +202,7 @@ def digits(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_a_teacher_and_a_spectral_student_learn_real_handwritten_digits(digits, tmp_path):
     common = ["--data-path", digits, "--input-size", 32, "--num_workers", 0, "--device", "cpu", "--batch-size", 16]
     common += ["--model", "resnet18", "--epochs", 4, "--warmup-epochs", 0, "--lr", 0.1, "--no-repeated-aug"]

@@ -228,6 +228,7 @@ def test_a_head_of_another_class_count_is_refused(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.slow
 def test_fine_tuning_keeps_its_own_head_and_says_so(name):
     source, model = build(name, 7), build(name, 5, seed=1)
     before = {key: value.clone() for key, value in model.state_dict().items()}

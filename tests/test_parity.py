@@ -196,6 +196,7 @@ def score_by_hand(golden, folder, weights):
 
 
 @pytest.mark.parametrize(("flags", "key"), [([], "model"), (["--eval-ema"], "model_ema")])
+@pytest.mark.slow
 def test_the_checkpoint_of_the_original_evaluates(golden, folder, run, flags, key):
     stats = run("--eval", "--resume", REFERENCE, *flags)
     wanted = score_by_hand(golden, folder, load_reference()[key])
@@ -216,6 +217,7 @@ def test_the_checkpoint_of_the_original_restores_weights_average_and_optimizer(g
     torch.testing.assert_close(optimizer.state_dict()["state"], reference["optimizer"]["state"], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_the_checkpoint_of_the_original_resumes(run, tmp_path):
     run("--resume", REFERENCE, "--epochs", 5, "--output_dir", tmp_path, "--warmup-epochs", 1, "--lr", 0.1)
     log = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
@@ -229,6 +231,7 @@ def test_the_checkpoint_of_the_original_resumes(run, tmp_path):
     assert written["epoch"] == 4
 
 
+@pytest.mark.slow
 def test_a_run_of_the_program_logs_the_learning_rates_of_the_original(golden, run, tmp_path):
     asked = golden["args"]
     schedule = ["--unscale-lr", "--lr", asked["lr"], "--warmup-epochs", asked["warmup_epochs"]]
@@ -238,6 +241,7 @@ def test_a_run_of_the_program_logs_the_learning_rates_of_the_original(golden, ru
     assert [line["train_lr"] for line in log] == pytest.approx(wanted, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_the_checkpoint_of_the_original_fine_tunes(golden, folder, run, tmp_path):
     stats = run("--eval", "--finetune", REFERENCE)
     assert stats["loss"] == pytest.approx(score_by_hand(golden, folder, load_reference()["model"])["loss"], rel=1e-5)
@@ -248,6 +252,7 @@ def test_the_checkpoint_of_the_original_fine_tunes(golden, folder, run, tmp_path
     assert 0 < difference < 8 * 0.1 * 4 / 512  # seven steps of at most the learning rate
 
 
+@pytest.mark.slow
 def test_the_checkpoint_of_the_original_fine_tunes_to_other_classes(folder, run, tmp_path, capsys):
     few = tmp_path / "few"
     for split in ("train", "val"):

@@ -154,6 +154,7 @@ def teacher_files(tmp_path_factory):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.slow
 def test_a_recipe_builds_and_takes_a_step(recipe, read, teacher_files, capsys):
     args = read(recipe)
     more = ["--dry-run", "--batch-size", "2", "--num_workers", "0", "--model-kwargs", *small(args.model)]

@@ -138,6 +138,7 @@ def test_other_models_are_left_alone():
     assert [type(module) for module in attention.speed_up(model).modules()] == before
 
 
+@pytest.mark.slow
 def test_twenty_steps_by_the_closed_form_have_the_terms_of_the_transform(teacher_file, tmp_path):
     """Terms averaged over each epoch of 4 x 5 steps; rounding of float32, which training makes larger."""
     terms = {}
@@ -150,6 +151,7 @@ def test_twenty_steps_by_the_closed_form_have_the_terms_of_the_transform(teacher
     torch.testing.assert_close(terms["closed"], terms["fft"], rtol=1e-5, atol=0)
 
 
+@pytest.mark.slow
 def test_a_compiled_run_has_the_terms_of_one_that_is_not(tmp_path):
     kwargs = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3}  # a compiler takes its time
     teacher = timm.create_model("deit_tiny_patch16_224", num_classes=24, **kwargs)
@@ -168,6 +170,7 @@ def test_a_compiled_run_has_the_terms_of_one_that_is_not(tmp_path):
     torch.testing.assert_close(terms["teacher"], terms["none"], rtol=1e-4, atol=0)
 
 
+@pytest.mark.slow
 def test_a_missing_compiler_is_said_in_one_line(capsys):
     torch._dynamo.reset()
     with torch._inductor.config.patch({"cpp.cxx": (None, "/nonexistent"), "force_disable_caches": True}):
@@ -212,6 +215,7 @@ def host_reads(num_steps, fused):
     return reads.count
 
 
+@pytest.mark.slow
 def test_no_step_waits_for_the_device_with_the_default_optimizer():
     """Between console lines; what AdamW asks for without its fused kernel shows that this would be noticed."""
     assert host_reads(8, fused=True) == host_reads(4, fused=True)
@@ -276,6 +280,7 @@ def terms_by_engine(student, hooks, criterion, batches):
     return torch.tensor(meter.rows)
 
 
+@pytest.mark.slow
 def test_twenty_steps_have_the_terms_of_the_plain_formulation():
     """timm's teacher and two stacked transforms; rounding of float32, which training enlarges."""
     torch.manual_seed(0)

@@ -393,6 +393,7 @@ def test_a_plot_that_cannot_be_written_is_one_line(file, tmp_path, write, capsys
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_table_needs_neither_torch_nor_matplotlib(write):
     code = "import sys, tables; tables.main(sys.argv[1:]); print({'torch', 'numpy', 'matplotlib'} & set(sys.modules))"
     command = [sys.executable, "-c", code, str(write("run", [1, 2, 3]))]
@@ -400,6 +401,7 @@ def test_a_table_needs_neither_torch_nor_matplotlib(write):
     assert result.stdout.splitlines()[-1] == "set()"
 
 
+@pytest.mark.slow
 def test_a_run_of_the_trainer_is_read(tmp_path, table):
     """The contract between utils.RunLog and the table, the average of the weights included."""
     for seed in (0, 1):
