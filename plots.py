@@ -1,4 +1,4 @@
-"""The figures of analyze.py.
+"""The figures of analyze.py and tables.py.
 
 A subject is an `analyze.Subject`: a model's name, the measurements of each of its blocks, and `curve(key)`, one number
 per block.
@@ -7,10 +7,9 @@ per block.
 import math
 
 import numpy as np
-import torch
 from matplotlib import cm, colors
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False}
 STYLE |= {"axes.linewidth": 0.6, "lines.linewidth": 1.2, "lines.markersize": 3.5, "legend.frameon": False}
@@ -41,7 +40,7 @@ def half_spectrum(block: dict) -> tuple[np.ndarray, np.ndarray]:
     return np.arange(half) / len(block["spectrum"]), block["spectrum"][:half].numpy()
 
 
-def radial_power(block: dict) -> tuple[torch.Tensor, torch.Tensor]:
+def radial_power(block: dict) -> tuple:
     return block["radial_frequency"], block["radial_power"]
 
 
@@ -138,4 +137,40 @@ def draw_suggestion(teacher, pairs: dict) -> Figure:
     axis.set(xlabel="teacher block (numbers: student block)", ylabel=CORRECTED, ylim=(0, 1.12 * curve.max()))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.legend()
+    return figure
+
+
+TERMS = {"train_loss_base": "weighted cross-entropy", "train_loss_dist": "weighted loss of the logits"}
+TERMS |= {"train_loss_fft": "weighted loss of the features"}
+
+
+def draw_training(table: list) -> Figure:
+    """Draw top-1 and the loss terms of (row, runs) pairs over the epochs: one color per row, one line per seed."""
+    logged = [stats for _, runs in table for run in runs for stats in run.epochs.values()]
+    terms = [term for term in TERMS if any(stats.get(term) for stats in logged)]
+    mosaic = [["test_acc1", term] for term in terms] or [["test_acc1"]]
+    figure = Figure(figsize=(10, 5.8), dpi=200, layout="constrained")
+    axes = figure.subplot_mosaic(mosaic, width_ratios=(5, 3)[: len(mosaic[0])], sharex=True)
+    one_student = len({row["student"] for row, _ in table}) == 1 and table[0][0]["student"]
+    for i, (row, runs) in enumerate(table):
+        style = {"color": COLORS[i % len(COLORS)], "ls": ("-", "--", ":", "-.")[i // len(COLORS) % 4], "lw": 1.3}
+        label = row["method"] if one_student else f"{row['run']}: {row['method']}"
+        for j, run in enumerate(runs):
+            for name, axis in axes.items():
+                points = [(epoch + 1, stats.get(name)) for epoch, stats in sorted(run.epochs.items())]
+                points = [point for point in points if point[1]]  # terms a method lacks are logged as zero
+                axis.plot([x for x, _ in points], [y for _, y in points], label=None if j else label, **style)
+    for name, axis in axes.items():
+        axis.set_title(TERMS.get(name, "top-1 on the validation set, %"), loc="left", fontsize=10)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        axis.grid(color="0.9")
+        if name in TERMS:
+            axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.spines[["top", "right"]].set_visible(False)
+    for name in mosaic[-1]:
+        axes[name].set_xlabel("epoch")
+    figure.legend(*axes["test_acc1"].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     return figure
