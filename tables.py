@@ -94,13 +94,10 @@ def settings(args: dict) -> dict:
     """Return the arguments that the result depends on; runs with equal ones differ only in their seed.
 
     Raises:
-        ValueError, KeyError, TypeError, AttributeError: they are not the arguments of a run.
+        KeyError, TypeError, AttributeError: they are not the arguments of a run.
     """
     known = {name: value for name, value in args.items() if name not in NEUTRAL}
     num_epochs(args)  # raises if its arguments are missing
-    needed = [args[name] for name in ("seed", "model", *TEACHER)]
-    if None in needed or args["distillation_type"] not in ("none", "soft", "hard", "fft"):
-        raise ValueError("not the arguments of a run")
     for name in ("model_kwargs", "teacher_kwargs"):  # version 0.1 stored lists of KEY=VALUE
         known[name] = [f"{k}={v}" for k, v in args[name].items()] if isinstance(args[name], dict) else list(args[name])
     known["s_id"], known["t_id"] = list(args["s_id"]), list(args["t_id"])
@@ -212,10 +209,9 @@ def tabulate(runs: list[Run]) -> list[tuple[dict, list[Run]]]:
 
     def order(runs):
         run, known = runs[0], runs[0].settings
-        student = [known.get(name, "") for name in ("model", "model_kwargs")] if known else []
-        size = [known.get(name, 0) for name in ("epochs", "global_batch")]
-        teaches = run.folder in teaching
-        return (known.get("data_set", "~"), not teaches, student, size, method(run)[0], run.done is False, run.name)
+        model = [known.get(name, "") for name in ("model", "model_kwargs", "epochs", "global_batch")] if known else []
+        data_set, learns = known.get("data_set", "~"), run.folder not in teaching
+        return data_set, learns, model, method(run)[0], run.done is False, run.name
 
     table = [(make_row(group, teachers), group) for group in sorted(groups.values(), key=order)]
     finished = [(row, group[0].settings) for row, group in table if row["done"]]
