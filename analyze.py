@@ -27,8 +27,9 @@ import plots
 import samplers
 import spectral
 import utils
+from builders import forward_errors
 from checkpoint import CheckpointFolder
-from faults import exit_codes
+from faults import exit_codes, init_distributed
 from flags import DATA_SETS, INAT_CATEGORIES, KeyValues, Parser, number
 from utils import UserError, as_user_error
 from weights import extract_weights, load_checkpoint, stored_args
@@ -45,8 +46,6 @@ KEYS = {
 }
 CURVES = ("intensity", "intensity_shuffled", "intensity_corrected", "rms")
 PROFILES = ("spectrum", "radial_frequency", "radial_power")
-# Subclasses of RuntimeError that say nothing about the model; torch 2.4 has only the first.
-DEVICE_ERRORS = (torch.cuda.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.cuda.OutOfMemoryError))
 
 
 def get_args_parser() -> Parser:
@@ -77,7 +76,7 @@ def get_args_parser() -> Parser:
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", "--output-dir", default="", help="folder for numbers and figures; default: print only")
     add("--pdf", action="store_true", help="write the figures as PDF as well")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    add("--device", default="auto", help="cuda, cuda:N or cpu; auto: cuda if there is a GPU")
     add("--seed", type=number(int, 0, 2**62), default=0, help="seed of images, shuffled channels and random weights")
     return parser
 
@@ -90,8 +89,6 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError("--checkpoint cannot be combined with --compare or --random: use --compare NAME=CHECKPOINT")
     if (args.suggest is None) != (args.student is None):
         raise UserError("--suggest N and --student MODEL need each other: give both")
-    with as_user_error(f"--device {args.device}: ", RuntimeError, AssertionError):
-        torch.empty(0, device=args.device)
 
 
 @dataclasses.dataclass
@@ -168,26 +165,21 @@ def build_data(args: argparse.Namespace, subjects: list[Subject]) -> tuple[torch
 
 
 @torch.no_grad()
-def analyze(subject: Subject, dataset: torch.utils.data.Dataset, data: dict, args: argparse.Namespace) -> None:
+def analyze(subject: Subject, dataset, data: dict, device: torch.device, args: argparse.Namespace) -> None:
     """Run one model over the images and add the results to its blocks. Memory does not grow with the images."""
-    device, config = torch.device(args.device), subject.network.pretrained_cfg
     with as_user_error(f"{subject.name}: ", ValueError):
         hooks = spectral.FeatureHooks(subject.network.to(device), range(len(subject.blocks)))
     dataset.transform = datasets.eval_transform(subject.input_size, data["crop_ratio"])
-    prepare = datasets.Prepare(config["mean"], config["std"], device=device)
+    prepare = datasets.Prepare(*models.normalization(subject.network), device=device)
     profiles = [spectral.SpectralProfile(args.seed) for _ in subject.blocks]
     workers = min(args.num_workers, math.ceil(len(data["images"]) / args.batch_size))
     pin = device.type == "cuda"
     loader = datasets.build_loader(dataset, data["images"], args.batch_size, workers, drop_last=False, pin_memory=pin)
     with as_user_error("", datasets.BadImageError):
         for images, _ in tqdm(loader, desc=subject.name, unit="batch", disable=None):
-            try:
+            with forward_errors(subject.name, subject.input_size):
                 subject.network(prepare(images.to(device)))
                 maps = hooks.pop()
-            except DEVICE_ERRORS:
-                raise
-            except (AssertionError, RuntimeError) as error:
-                raise UserError(f"{subject.name}, --input-size {subject.input_size}: {error}") from error
             for profile, block_maps in zip(profiles, maps, strict=True):
                 profile.add(block_maps)
     subject.network.cpu()
@@ -293,6 +285,7 @@ def write_tensorboard(folder: Path, subjects: list[Subject], figures: dict[str, 
 
 
 def main(args: argparse.Namespace) -> None:
+    device = init_distributed(args.device)
     sources = args.compare.items() or [
         (None, f"{args.model}:{args.checkpoint or ''}" if args.model else args.checkpoint)
     ]
@@ -308,7 +301,7 @@ def main(args: argparse.Namespace) -> None:
     which = "the first" if args.first else f"drawn by seed {args.seed}"
     utils.log(f"{len(data['images'])} validation images of {data['data_set']}, {which}")
     for subject in subjects:
-        analyze(subject, dataset, data, args)
+        analyze(subject, dataset, data, device, args)
     for subject in subjects:
         log_curves(subject)
     pairs = suggest(args, student_blocks, subjects[0]) if args.suggest else None
