@@ -14,6 +14,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -50,7 +51,7 @@ PROFILES = ("spectrum", "radial_frequency", "radial_power")
 
 def get_args_parser() -> Parser:
     parser = Parser("Spectral analysis of the blocks of timm models.")
-    kwargs = {"nargs": "*", "action": KeyValues, "default": {}, "metavar": "KEY=VALUE"}
+    kwargs: dict[str, Any] = {"nargs": "*", "action": KeyValues, "default": {}, "metavar": "KEY=VALUE"}
     add = parser.add_argument_group("models").add_argument
     add("--model", help="timm model, with timm's own weights unless --checkpoint or --random is given")
     add("--model-kwargs", **kwargs, help="its arguments, unless a checkpoint stores them")
@@ -100,7 +101,7 @@ class Subject:
     weights: str
     input_size: int
     blocks: list[dict]
-    network: torch.nn.Module | None = None
+    network: torch.nn.Module
     run: dict = dataclasses.field(default_factory=dict)  # flags of the training run that the weights come from
 
     def curve(self, key: str) -> np.ndarray:
@@ -170,7 +171,8 @@ def analyze(subject: Subject, dataset, data: dict, device: torch.device, args: a
     with as_user_error(f"{subject.name}: ", ValueError):
         hooks = spectral.FeatureHooks(subject.network.to(device), range(len(subject.blocks)))
     dataset.transform = datasets.eval_transform(subject.input_size, data["crop_ratio"])
-    prepare = datasets.Prepare(*models.normalization(subject.network), device=device)
+    mean, std = models.normalization(subject.network)
+    prepare = datasets.Prepare(mean, std, device=device)
     profiles = [spectral.SpectralProfile(args.seed) for _ in subject.blocks]
     workers = min(args.num_workers, math.ceil(len(data["images"]) / args.batch_size))
     pin = device.type == "cuda"
@@ -201,7 +203,7 @@ def log_curves(subject: Subject) -> None:
         utils.log(f"{i:>5}  {block['module']:<16}{' x '.join(map(str, block['shape'])):>15}{curves}")
 
 
-def suggest_pairs(intensity: list[float], student: list[int], teacher: list[int], num_pairs: int):
+def suggest_pairs(intensity: list[float], student: list[int], teacher: list[int], num_pairs: int) -> tuple[list, list]:
     """Choose the blocks at the two ends of the teacher with the largest summed intensity, and partners for them.
 
     If sums are equal, the most even split wins. If both models have stages, the last blocks of stages of equal
@@ -242,8 +244,8 @@ def suggest_pairs(intensity: list[float], student: list[int], teacher: list[int]
 def suggest(args: argparse.Namespace, student_blocks: list[dict], teacher: Subject) -> dict:
     """Choose the pairs, and print them with the curve they are based on."""
     intensity = teacher.curve("intensity_corrected").tolist()
-    reductions = ([block["reduction"] for block in blocks] for blocks in (student_blocks, teacher.blocks))
-    s_id, t_id = suggest_pairs(intensity, *reductions, args.suggest)
+    student, taught = ([block["reduction"] for block in blocks] for blocks in (student_blocks, teacher.blocks))
+    s_id, t_id = suggest_pairs(intensity, student, taught, args.suggest)
     utils.log(f"\n{args.student} taught by {teacher.name}: intensity x sqrt(C) of the teacher's blocks, and the pairs")
     for i, value in enumerate(intensity):
         partner = f"<- student {s_id[t_id.index(i)]}" if i in t_id else ""
@@ -256,7 +258,8 @@ def suggest(args: argparse.Namespace, student_blocks: list[dict], teacher: Subje
 
 def write_numbers(folder: Path, subjects: list[Subject], about: dict) -> None:
     """Write spectra.npz (see KEYS), and spectra.json with `about`, the models and one number per block."""
-    arrays, plain = {}, []
+    arrays: dict[str, Any] = {}
+    plain: list[dict[str, Any]] = []
     for subject in subjects:
         arrays[f"{subject.name}/shape"] = np.array([block["shape"] for block in subject.blocks])
         arrays |= {f"{subject.name}/{key}": subject.curve(key) for key in CURVES}

@@ -5,20 +5,28 @@ per block.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 from matplotlib import cm, colors
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False}
+STYLE: Any = {"font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False}
 STYLE |= {"axes.linewidth": 0.6, "lines.linewidth": 1.2, "lines.markersize": 3.5, "legend.frameon": False}
 STYLE |= {"pdf.fonttype": 42}  # letters stay letters
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
 MARKERS = "osD^vP"
 DEPTH_COLORS = "viridis"
-SHUFFLED = {"label": "channels shuffled", "color": "black", "ls": "", "marker": "x", "ms": 3, "mew": 0.7}
-RMS = {"label": r"$\sqrt{\pi}/2\ \times$ RMS", "color": "black", "ls": ":", "lw": 0.9, "zorder": 3}
+SHUFFLED: dict[str, Any] = {
+    "label": "channels shuffled",
+    "color": "black",
+    "ls": "",
+    "marker": "x",
+    "ms": 3,
+    "mew": 0.7,
+}
+RMS: dict[str, Any] = {"label": r"$\sqrt{\pi}/2\ \times$ RMS", "color": "black", "ls": ":", "lw": 0.9, "zorder": 3}
 PAGE_WIDTH = 7  # inches
 CHANNEL_FREQUENCY = "frequency along channels (cycles per channel)"
 CORRECTED = r"intensity $\times\ \sqrt{C}$"
@@ -148,12 +156,16 @@ def draw_training(table: list) -> Figure:
     """Draw top-1 and the loss terms of (row, runs) pairs over the epochs: one color per row, one line per seed."""
     logged = [stats for _, runs in table for run in runs for stats in run.epochs.values()]
     terms = [term for term in TERMS if any(stats.get(term) for stats in logged)]
-    mosaic = [["test_acc1", term] for term in terms] or [["test_acc1"]]
+    mosaic: list[list[Any]] = [["test_acc1", term] for term in terms] or [["test_acc1"]]
     figure = Figure(figsize=(10, 5.8), dpi=200, layout="constrained")
     axes = figure.subplot_mosaic(mosaic, width_ratios=(5, 3)[: len(mosaic[0])], sharex=True)
     one_student = len({row["student"] for row, _ in table}) == 1 and table[0][0]["student"]
     for i, (row, runs) in enumerate(table):
-        style = {"color": COLORS[i % len(COLORS)], "ls": ("-", "--", ":", "-.")[i // len(COLORS) % 4], "lw": 1.3}
+        style: dict[str, Any] = {
+            "color": COLORS[i % len(COLORS)],
+            "ls": ("-", "--", ":", "-.")[i // len(COLORS) % 4],
+            "lw": 1.3,
+        }
         label = row["method"] if one_student else f"{row['run']}: {row['method']}"
         for j, run in enumerate(runs):
             for name, axis in axes.items():

@@ -200,7 +200,8 @@ def name_differences(table: list[tuple[dict, list[Run]]]) -> None:
 
 def tabulate(runs: list[Run]) -> list[tuple[dict, list[Run]]]:
     """Group runs into rows: for each data set teachers first, then for each student controls before methods."""
-    teachers, groups = {}, {}
+    teachers: dict[Path, float] = {}
+    groups: dict[str | Path, list[Run]] = {}
     for run in runs:
         teachers |= {run.folder / "model_best.pth": run.top1["best"], run.folder / "checkpoint.pth": run.top1["last"]}
         # Unfinished runs, and runs with unknown arguments, have a row each.
@@ -260,8 +261,8 @@ def markdown(rows: list[dict]) -> str:
     table = [{name: str(cell).replace("|", "\\|") for name, cell in cells(row).items()} for row in rows]
     columns = [name for name in table[0] if name != "best of EMA" or any(row[name] for row in table)]
     widths = [max(len(name), *(len(row[name]) for row in table)) for name in columns]
-    lines = [columns, ["-" * width for width in widths], *([row[name] for name in columns] for row in table)]
-    lines = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]
+    body = [columns, ["-" * width for width in widths], *([row[name] for name in columns] for row in table)]
+    lines = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in body]
     lines += ["", *(f"[{number}] {kwargs}  " for kwargs, number in notes.items())]
     lines += [
         "Top-1 in percent; ± is the sample standard deviation over seeds. Gains compare the best epochs of runs that"

@@ -349,7 +349,7 @@ def test_tensorboard_receives_the_curves_over_blocks(analyzed):
 
 def subject(name, width, depth):
     block = {"shape": (width, 2, 2), "module": "blocks", "reduction": 16, **result_of(maps_of((2, width, 2, 2)))}
-    return analyze.Subject(name, "x", "x", 32, [block] * depth)
+    return analyze.Subject(name, "x", "x", 32, [block] * depth, torch.nn.Identity())
 
 
 def test_depth_is_relative_only_if_models_differ_in_it():
