@@ -17,16 +17,10 @@ STYLE |= {"axes.linewidth": 0.6, "lines.linewidth": 1.2, "lines.markersize": 3.5
 STYLE |= {"pdf.fonttype": 42}  # letters stay letters
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
 MARKERS = "osD^vP"
+STYLES = ("-", "--", ":", "-.")
 DEPTH_COLORS = "viridis"
-SHUFFLED: dict[str, Any] = {
-    "label": "channels shuffled",
-    "color": "black",
-    "ls": "",
-    "marker": "x",
-    "ms": 3,
-    "mew": 0.7,
-}
-RMS: dict[str, Any] = {"label": r"$\sqrt{\pi}/2\ \times$ RMS", "color": "black", "ls": ":", "lw": 0.9, "zorder": 3}
+SHUFFLED: Any = {"label": "channels shuffled", "color": "black", "ls": "", "marker": "x", "ms": 3, "mew": 0.7}
+RMS: Any = {"label": r"$\sqrt{\pi}/2\ \times$ RMS", "color": "black", "ls": ":", "lw": 0.9, "zorder": 3}
 PAGE_WIDTH = 7  # inches
 CHANNEL_FREQUENCY = "frequency along channels (cycles per channel)"
 CORRECTED = r"intensity $\times\ \sqrt{C}$"
@@ -161,11 +155,7 @@ def draw_training(table: list) -> Figure:
     axes = figure.subplot_mosaic(mosaic, width_ratios=(5, 3)[: len(mosaic[0])], sharex=True)
     one_student = len({row["student"] for row, _ in table}) == 1 and table[0][0]["student"]
     for i, (row, runs) in enumerate(table):
-        style: dict[str, Any] = {
-            "color": COLORS[i % len(COLORS)],
-            "ls": ("-", "--", ":", "-.")[i // len(COLORS) % 4],
-            "lw": 1.3,
-        }
+        style: Any = {"color": COLORS[i % len(COLORS)], "ls": STYLES[i // len(COLORS) % len(STYLES)], "lw": 1.3}
         label = row["method"] if one_student else f"{row['run']}: {row['method']}"
         for j, run in enumerate(runs):
             for name, axis in axes.items():
