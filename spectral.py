@@ -72,9 +72,8 @@ class _ClosedForm(torch.autograd.Function):
         # Eager CPU code takes an eighth of the batch at a time to stay in the cache. Compiled code has no temporaries,
         # and on a GPU the eightfold kernel launches would cost more than the traffic they save.
         size = batch if torch.compiler.is_compiling() or student.is_cuda else math.ceil(batch / 8)
-        for start in range(0, batch, size):
-            d = gradient[start : start + size]
-            d.copy_(student[start : start + size]).sub_(_pool(teacher[start : start + size], tuple(shape)))
+        for d, s, t in zip(*(x.split(size) for x in (gradient, student, teacher)), strict=True):
+            d.copy_(s).sub_(_pool(t, tuple(shape)))
             # Token maps and NHWC maps are channels-last in memory: sums over columns then run along channels.
             by_parity = d.permute(0, 2, 3, 1).unflatten(2, (columns, parities))
             mean = by_parity.sum(dim=2, keepdim=True) / columns
