@@ -14,7 +14,7 @@ TERMS = ("loss_base", "loss_fft", "loss_dist")
 class FrozenTeacher:
     """A model in eval mode, without gradients, that returns its logits and feature maps.
 
-    Not an nn.Module: a loss that holds one has none of its parameters, and no checkpoint contains it.
+    Not an nn.Module, so a loss that holds one does not contain its parameters, and nor does a checkpoint.
 
     Args:
         model: a timm model, on its device.
@@ -62,7 +62,8 @@ def soft_distillation(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
 
 def hard_distillation(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
     """Return the cross-entropy of student logits (B, classes) with the teacher's argmax; `tau` is not used."""
-    return F.cross_entropy(student.float(), teacher.argmax(dim=1))
+    # The argmax of NaN is a class, too: 0 x NaN and 0 x inf, both NaN, keep that from going unnoticed.
+    return F.cross_entropy(student.float(), teacher.argmax(dim=1)) + (0 * teacher).sum()
 
 
 class DistillationLoss(nn.Module):

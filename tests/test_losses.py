@@ -88,6 +88,23 @@ def test_hard_is_cross_entropy_with_the_decision_of_the_teacher(batch):
         torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", [(2, 3), (2,), ()], ids=["one", "row", "all"])
+def test_teacher_logits_that_are_not_finite_reach_the_loss(batch, kind, bad, where):
+    """The argmax of such logits is a valid class, and training on it would go unnoticed."""
+    batch["teacher"][where] = bad
+    terms = loss_of(batch, kind)
+    assert not terms["loss_dist"].isfinite()
+    assert not terms["loss"].isfinite()
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_large_half_precision_logits_are_finite(batch, kind):
+    """Their sum would overflow float16."""
+    assert loss_of(batch | {"teacher": torch.full((5, 7), 6e4).half()}, kind)["loss"].isfinite()
+
+
 @pytest.mark.parametrize("kind", ["soft", "hard", "fft"])
 @pytest.mark.parametrize("feature_loss", [spectral_loss, mse_loss])
 def test_each_kind_is_its_row_of_the_table(batch, kind, feature_loss):
