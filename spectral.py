@@ -96,10 +96,7 @@ class _ClosedForm(torch.autograd.Function):
 
 
 def mse_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the MSE baseline: feature MSE with the weight W / 4K that it has inside the spectral loss.
-
-    Arguments and result are those of `spectral_loss`; only the penalty on row means is missing.
-    """
+    """Return the MSE baseline: `spectral_loss` without its penalty on row means, i.e. feature MSE times W / 4K."""
     student, teacher = align(student, teacher)
     width = student.shape[-1]
     return (student - teacher).square().mean() * (width / (4 * (width // 2 + 1)))
@@ -153,69 +150,95 @@ class FeatureHooks:
         ids: block ids, in the order in which `pop` returns their maps; repeats are allowed.
 
     Raises:
-        ValueError: the model does not describe its blocks, or an id is out of range.
-        RuntimeError: in forward, if a block's output is not a map with the channels that `feature_info` names.
+        ValueError: here and in the model's forward, for a block that has no map; the message says why.
     """
 
     def __init__(self, model: nn.Module, ids: Iterable[int] = ()):
         self.ids = list(ids)
         self._channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
-        self._image_size = None
-        self._maps = {}
-        self._handles = []
+        self._image_size, self._maps, self._handles = None, None, []
         if not self.ids:
             return
-        blocks = describe_blocks(model)
-        for i in sorted(set(self.ids)):
+        name, blocks, modules = type(model).__name__, describe_blocks(model), dict(model.named_modules())
+        modules.pop("")  # the model itself, which TResNet names as a block
+        if model.training and not isinstance(getattr(model, "patch_drop", None), (nn.Identity, type(None))):
+            raise ValueError(f"{name} drops tokens in training, so its blocks have no maps: set patch_drop_rate to 0")
+        for i in self.ids:
             if not 0 <= i < len(blocks):
-                raise ValueError(f"block id {i} is out of range: {type(model).__name__} has ids 0..{len(blocks) - 1}")
+                raise ValueError(f"block id {i} is out of range: {name} has ids 0..{len(blocks) - 1}")
+            if blocks[i]["module"] not in modules:
+                raise ValueError(f"block {i} of {name} has no map: there is no module {blocks[i]['module']!r}")
+        self._names = {i: f"block {i} ({blocks[i]['module']}) of {name}" for i in self.ids}
         self._handles.append(model.register_forward_pre_hook(self._begin))
-        for i in sorted(set(self.ids)):
-            name = blocks[i]["module"]
-            try:
-                module = model.get_submodule(name)
-            except AttributeError:
-                raise ValueError(f"{type(model).__name__} has no {name}, which its feature_info names") from None
-            self._handles.append(module.register_forward_hook(functools.partial(self._capture, i, blocks[i])))
+        for i in set(self.ids):
+            hook = functools.partial(self._capture, i, blocks[i])
+            self._handles.append(modules[blocks[i]["module"]].register_forward_hook(hook))
 
     def _begin(self, model, inputs):
-        self._maps.clear()
-        self._image_size = inputs[0].shape[-2:]
+        self._maps, self._image_size = {}, inputs[0].shape[-2:]
 
     def _capture(self, i, block, module, inputs, output):
+        if self._maps is None:  # the blocks run outside `forward`, e.g. in forward_intermediates
+            return
+        has_no_map, channels = f"{self._names[i]} has no map: it returns", block["num_chs"]
         if not torch.is_tensor(output) or output.ndim not in (3, 4):
-            raise RuntimeError(f"the output of {block['module']} is no map of tokens")
-        self._maps[i] = self._as_map(output, block["reduction"])
-        if self._maps[i].shape[1] != block["num_chs"]:
-            raise RuntimeError(f"the output of {block['module']} has not the channels that feature_info says")
-
-    def _as_map(self, output: Tensor, reduction: int) -> Tensor:
-        if output.ndim == 4:
-            return output.permute(0, 3, 1, 2) if self._channels_last else output
-        # Tokens (B, N, C). timm's num_prefix_tokens is wrong for CaiT: take the tokens beyond the grid as the prefix.
-        if any(size % reduction for size in self._image_size):
-            raise RuntimeError(f"images of {tuple(self._image_size)} pixels do not divide into {reduction} px patches")
-        height, width = (size // reduction for size in self._image_size)
-        return output[:, output.shape[1] - height * width :].transpose(1, 2).unflatten(2, (height, width))
+            found = f"{output.ndim} dimensions" if torch.is_tensor(output) else f"a {type(output).__name__}"
+            raise ValueError(f"{has_no_map} {found}, not (B, N, C) or (B, C, H, W)")
+        if output.ndim == 3:
+            height, width = (math.ceil(size / block["reduction"]) for size in self._image_size)
+            prefix = output.shape[1] - height * width  # timm's num_prefix_tokens is wrong for CaiT
+            if prefix < 0:
+                raise ValueError(f"{has_no_map} {output.shape[1]} tokens for a {height} x {width} grid")
+            output = output[:, prefix:].transpose(1, 2).unflatten(2, (height, width))
+        elif self._channels_last or output.shape[1] != channels:
+            output = output.permute(0, 3, 1, 2)
+        if output.shape[1] != channels:
+            raise ValueError(f"{has_no_map} {output.shape[1]} channels, and its feature_info says {channels}")
+        self._maps[i] = output
 
     def pop(self) -> list[Tensor]:
         """Return and forget the maps of the latest forward: one (B, C, H, W) view per id, in the order of `ids`.
 
         Raises:
-            RuntimeError: there was no forward since the last call, or it did not run these blocks.
+            RuntimeError: there was no forward since the last call.
         """
-        missing = [i for i in self.ids if i not in self._maps]
-        if missing:
-            raise RuntimeError(f"no maps of blocks {missing}: no forward since the last pop(), or it bypasses them")
-        maps = [self._maps[i] for i in self.ids]
-        self._maps.clear()
-        return maps
+        if self.ids and self._maps is None:
+            raise RuntimeError("no maps: there was no forward since the last pop()")
+        maps, self._maps = self._maps, None
+        for i in self.ids:
+            if i not in maps:
+                raise ValueError(f"{self._names[i]} has no map: the model's forward does not call this module")
+        return [maps[i] for i in self.ids]
 
     def remove(self) -> None:
         """Remove the hooks from the model."""
-        while self._handles:
-            self._handles.pop().remove()
-        self._maps.clear()
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._maps = [], None
+
+
+@torch.no_grad()
+def check_raster_order(model: nn.Module, images: Tensor, ids: Iterable[int]) -> None:
+    """Raise a ValueError if a block in `ids` has no map, or another than timm's `forward_intermediates` returns for it.
+
+    Hooks take patch tokens to be in raster order (row by row); Hiera, for one, orders them differently between blocks.
+    `images` (B, 3, H, W) should be random, since equal patches hide their order. Runs the model twice, in eval mode.
+    """
+    ids, training = sorted(set(ids)), model.training
+    hooks = FeatureHooks(model.eval(), ids)
+    try:
+        model(images)
+        maps = hooks.pop()
+        if not ids or not hasattr(model, "forward_intermediates"):
+            return
+        expected = model.forward_intermediates(images, indices=ids, output_fmt="NCHW", intermediates_only=True)
+    finally:
+        hooks.remove()
+        model.train(training)
+    for i, got, own in zip(ids, maps, expected, strict=True):
+        if got.shape != own.shape or (got - own).norm() > 0.01 * own.norm():
+            found = "its output differs from timm's forward_intermediates (tokens not in raster order)"
+            raise ValueError(f"block {i} of {type(model).__name__} has no map: {found}")
 
 
 def describe_blocks(model: nn.Module) -> list[dict]:
@@ -237,13 +260,8 @@ def describe_blocks(model: nn.Module) -> list[dict]:
 def layerwise_spectrum(maps: Tensor) -> Tensor:
     """Return |FFT along C| / C, averaged over images and grid: the magnitude of each frequency along the channels.
 
-    The order of channels means nothing to a network, so the level is informative and the shape is not.
-
-    Args:
-        maps: (B, C, H, W) of any floating dtype.
-
-    Returns:
-        float64 (C,), in the unit of the features. Bin k is k / C cycles per channel; bins k and C - k are equal.
+    `maps` is (B, C, H, W); the result is float64 (C,), in the unit of the features. Bin k is k / C cycles per channel;
+    bins k and C - k are equal. Channels have no natural order, so the level is informative and the shape is not.
     """
     channels = maps.shape[1]
     half = torch.fft.rfft(_at_least_float32(maps), dim=1).abs().mean(dim=(0, 2, 3), dtype=torch.float64) / channels
@@ -253,11 +271,8 @@ def layerwise_spectrum(maps: Tensor) -> Tensor:
 def power_spectrum(maps: Tensor) -> Tensor:
     """Return |FFT over H and W|^2, orthonormal, averaged over images and channels: the power of each grid frequency.
 
-    Args:
-        maps: (B, C, H, W) of any floating dtype.
-
-    Returns:
-        float64 (H, W), in the squared unit of the features, DC first. Its mean is the mean square of the maps.
+    `maps` is (B, C, H, W); the result is float64 (H, W), in the squared unit of the features, DC first. Its mean is the
+    mean square of the maps.
     """
     spectrum = torch.fft.fft2(_at_least_float32(maps), norm="ortho")
     return torch.view_as_real(spectrum).square().sum(dim=-1).mean(dim=(0, 1), dtype=torch.float64)
@@ -270,11 +285,8 @@ def _at_least_float32(maps: Tensor) -> Tensor:
 def radial_average(power: Tensor) -> tuple[Tensor, Tensor]:
     """Average a plane of frequencies over rings 1 / min(H, W) wide: the first is DC, the last are the corners past 0.5.
 
-    Args:
-        power: (H, W), DC first, as `power_spectrum` returns it.
-
-    Returns:
-        Radius of each ring in cycles per token, and the mean of its bins: both float64 (R,), on the CPU.
+    `power` is (H, W), from `power_spectrum`. Return the radius of each ring in cycles per token and the mean of its
+    bins, both float64 (R,) on the CPU.
     """
     power = power.double().cpu()
     height, width = power.shape
