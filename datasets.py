@@ -99,10 +99,29 @@ class LastImage:
 
 
 def _decode(path):
-    """Return the pixels of torchvision's default loader, which also copies images that are already RGB."""
+    """Return the pixels of torchvision's default loader, except that 16-bit and float images are scaled to 8 bits."""
     with Image.open(path) as image:
         image.load()
+        if image.mode.startswith(("I", "F")):
+            image = _to_8_bits(image)
         return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _to_8_bits(image):
+    """Scale an image of mode I;16, I;16B, I or F to mode L, where PIL would clip it.
+
+    The range 0..65535 of integers, and 0..1 or 0..255 of floats, becomes 0..255. Images with values outside these
+    ranges are scaled by their own minimum and maximum.
+    """
+    pixels = np.asarray(image).astype(np.float64)
+    low, high = pixels.min(), pixels.max()
+    if not np.isfinite([low, high]).all():
+        raise ValueError("it has pixels that are not finite")
+    tops = (65535,) if image.mode.startswith("I") else (1, 255)
+    top = next((top for top in tops if low >= 0 and high <= top), None)
+    if top is None:
+        pixels, top = pixels - low, (high - low) or 1
+    return Image.fromarray(np.rint(pixels * (255 / top)).astype(np.uint8))
 
 
 class INaturalist(ImageFolder):

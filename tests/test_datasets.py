@@ -240,6 +240,42 @@ def test_images_of_other_modes_become_rgb(tmp_path, mode):
     assert_same_pixels(image, default_loader(tmp_path / "image.jpg"))
 
 
+RAMP = np.linspace(0, 65535, 256).reshape(16, 16)  # every 8-bit level once
+
+
+@pytest.mark.parametrize(
+    ("pixels", "mode"),
+    [
+        (RAMP.astype("<u2"), "I;16"),
+        (RAMP.astype(">u2"), "I;16B"),
+        (RAMP.astype("<i4"), "I"),
+        (RAMP.astype("<i4") * 1000 - 5, "I"),
+        (RAMP.astype("<f4") / 65535, "F"),
+        (RAMP.astype("<f4") / 257, "F"),
+        (RAMP.astype("<f4") - 1000, "F"),
+    ],
+)
+def test_deep_images_are_scaled_and_not_clipped(tmp_path, pixels, mode):
+    image = Image.frombuffer(mode, (16, 16), pixels.tobytes(), "raw", mode if pixels.dtype != "<f4" else "F;32F", 0, 1)
+    image.save(tmp_path / "image.tif")
+    with Image.open(tmp_path / "image.tif") as saved:
+        assert saved.mode == mode
+    loaded = LastImage()(tmp_path / "image.tif")
+    assert loaded.mode == "RGB"
+    assert_same_pixels(loaded, np.arange(256).reshape(16, 16, 1).repeat(3, axis=2))
+
+
+def test_pixels_that_are_not_finite_are_an_error(tmp_path):
+    Image.fromarray(np.array([[0, np.nan]], dtype=np.float32)).save(tmp_path / "image.tif")
+    with pytest.raises(BadImageError, match="not finite"):
+        LastImage()(tmp_path / "image.tif")
+
+
+def test_a_constant_deep_image_is_not_divided_by_zero(tmp_path):
+    Image.fromarray(np.full((2, 2), -3, dtype=np.float32)).save(tmp_path / "image.tif")
+    assert np.asarray(LastImage()(tmp_path / "image.tif")).max() == 0
+
+
 @pytest.mark.parametrize("options", [{"aa": "rand-m9-mstd0.5-inc1"}, {"three_augment": True, "color_jitter": 0.4}])
 def test_transforms_do_not_write_into_the_kept_image(tmp_path, options):
     picture(0).save(tmp_path / "image.jpg")
