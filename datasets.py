@@ -6,7 +6,10 @@ the device, which costs a quarter of the memory traffic of float32.
 
 import json
 import math
+import os
 import random
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Sequence
 from multiprocessing import Array
 from pathlib import Path
@@ -24,6 +27,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data._utils import signal_handling
 from torchvision import transforms
 from torchvision.datasets import CIFAR100, ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from utils import log
 
 DATA_SETS = ("IMNET", "CIFAR", "INAT", "INAT19", "GRATINGS")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
@@ -70,13 +76,94 @@ def build_dataset(
     if name in ("INAT", "INAT19"):
         return INaturalist(root, split, 2018 if name == "INAT" else 2019, inat_category, transform)
     folder = root / split
+    if split == "val" and not folder.is_dir() and (root / "validation").is_dir():
+        folder = root / "validation"
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} does not exist: --data-path needs train/ and val/ with one folder per class")
-    return ImageFolder(folder, transform=transform, loader=LastImage())
+    return ClassFolders(folder, transform)
+
+
+def match_classes(found: Sequence[str], known: Sequence[str]) -> list[int]:
+    """Return the model's class index for each class of a data set.
+
+    Args:
+        found: Class names of the data set, in its order. They may be a subset of the model's names, or the numbers
+            0..N-1 for N classes of a model that has other names.
+        known: Class names of the model, in the order of its logits.
+
+    Raises:
+        ValueError: A name is unknown to the model or occurs twice.
+    """
+    found, known = ([unicodedata.normalize("NFC", name) for name in names] for names in (found, known))
+    counts = Counter(known)
+    twice = [name for name, count in Counter(found).items() if count > 1 or counts[name] > 1]
+    if twice:
+        raise ValueError(f"class names are not unique: {_first(twice)}")
+    unknown = [name for name in found if name not in counts]
+    numbers = [int(name) for name in found if name.isdecimal()]
+    if len(unknown) == len(found) and sorted(numbers) == list(range(len(known))):
+        return numbers
+    if unknown:
+        raise ValueError(
+            f"{len(unknown)} of {len(found)} classes are unknown to the model: {_first(unknown)}; it has {len(known)}: "
+            f"{_first(known)}. Name the class folders as the model does, or 0 to {len(known) - 1} in its order"
+        )
+    index = {name: i for i, name in enumerate(known)}
+    return [index[name] for name in found]
+
+
+def _first(names, number=5):
+    return ", ".join(names[:number]) + (f" and {len(names) - number} more" if len(names) > number else "")
 
 
 class BadImageError(RuntimeError):
     """A file that cannot be read as an image."""
+
+
+class ClassFolders(ImageFolder):
+    """torchvision's ImageFolder, except for the order of numbers, hidden folders, Unicode and links to parents.
+
+    Class folders named by numbers are in numeric order instead of 0, 1, 10, 2. Hidden files and folders are skipped.
+    Class names are in Unicode's NFC form. Links to a parent folder, which would repeat its images, are not followed.
+    """
+
+    def __init__(self, root: Path, transform: Callable | None = None):
+        names = {}
+        for path in sorted(path for path in root.iterdir() if path.is_dir()):
+            name = unicodedata.normalize("NFC", path.name)
+            if name in names:
+                raise ValueError(f"{root} has two folders of one class: {names[name].name!a}, {path.name!a}")
+            names[name] = path
+        hidden = [name for name in names if name.startswith(".")]
+        if hidden:
+            log(f"{root}: skipping hidden folders: {_first(hidden)}")
+        self.classes = [name for name in sorted(names) if name not in hidden]
+        if not self.classes:
+            raise ValueError(
+                f"{root} has no class folders: sort its images into one folder per class, as in train/ "
+                "(torchvision.datasets.ImageNet does it for the official ImageNet archives)"
+            )
+        if all(name.isdecimal() for name in self.classes):
+            self.classes.sort(key=int)
+        self.samples = [(path, i) for i, name in enumerate(self.classes) for path in _image_files(names[name])]
+        empty = set(range(len(self.classes))) - {label for _, label in self.samples}
+        if empty:
+            raise ValueError(f"{root} has classes without images: {_first([self.classes[i] for i in sorted(empty)])}")
+        self.root, self.transform, self.target_transform, self.loader = root, transform, None, LastImage()
+
+
+def _image_files(root):
+    """Return the paths of the images under a folder in torchvision's order."""
+    paths, seen = [], set()
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        real = os.path.join(os.path.realpath(folder), "")
+        if any(other.startswith(real) for other in seen):  # a link to a parent, or a second one to the same folder
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        paths += [(folder, name) for name in files if name.lower().endswith(IMG_EXTENSIONS) and name[0] != "."]
+    return [os.path.join(*path) for path in sorted(paths)]
 
 
 class LastImage:

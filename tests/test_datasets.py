@@ -17,7 +17,7 @@ from timm.data.auto_augment import AutoAugment, RandAugment
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch.utils.data import Dataset
 from torchvision import transforms
-from torchvision.datasets import CIFAR100
+from torchvision.datasets import CIFAR100, ImageFolder
 from torchvision.datasets.folder import default_loader
 
 from datasets import (
@@ -30,6 +30,7 @@ from datasets import (
     build_dataset,
     build_loader,
     eval_transform,
+    match_classes,
     train_transform,
 )
 from samplers import RASampler, SeededSampler
@@ -121,6 +122,114 @@ def test_a_missing_split_is_named(tmp_path):
     write_folder(tmp_path, ["a"], splits=("train",))
     with pytest.raises(FileNotFoundError, match=r"val does not exist: --data-path needs train/ and val/"):
         build_dataset("IMNET", "val", tmp_path)
+
+
+def test_numbered_class_folders_are_in_numeric_order(tmp_path):
+    write_folder(tmp_path, [str(i) for i in range(11)], images=1, splits=["val"])
+    images = build_dataset("IMNET", "val", tmp_path)
+    assert images.classes == [str(i) for i in range(11)]
+    assert labels(images) == list(range(11))
+    assert images.samples[10][0] == str(tmp_path / "val" / "10" / "0.jpg")
+    write_folder(tmp_path, ["a", "9", "10"], images=1, splits=["train"])
+    assert build_dataset("IMNET", "train", tmp_path).classes == ["10", "9", "a"]  # not all are numbers
+
+
+def test_hidden_folders_are_no_classes(tmp_path, capsys):
+    write_folder(tmp_path, ["ant", ".ipynb_checkpoints", "ant/.ipynb_checkpoints"], splits=["val"])
+    (tmp_path / "val/ant/._0.jpg").write_text("what macOS adds to archives")
+    images = build_dataset("IMNET", "val", tmp_path)
+    assert (images.classes, labels(images)) == (["ant"], [0, 0])
+    assert capsys.readouterr().out == f"{tmp_path}/val: skipping hidden folders: .ipynb_checkpoints\n"
+
+
+def test_validation_is_accepted_for_val(tmp_path):
+    write_folder(tmp_path, ["ant"], splits=["validation"])
+    assert len(build_dataset("IMNET", "val", tmp_path)) == 2
+    write_folder(tmp_path, ["bee"], splits=["val"])
+    assert build_dataset("IMNET", "val", tmp_path).classes == ["bee"]
+
+
+def test_images_without_class_folders_are_refused(tmp_path):
+    write_folder(tmp_path, ["val"], splits=["."])
+    with pytest.raises(ValueError, match=r"val has no class folders: .* one folder per class.*datasets\.ImageNet"):
+        build_dataset("IMNET", "val", tmp_path)
+
+
+def test_an_empty_class_folder_is_named(tmp_path):
+    write_folder(tmp_path, ["ant", "bee"], splits=["val"])
+    (tmp_path / "val/cow").mkdir()
+    with pytest.raises(ValueError, match=r"val has classes without images: cow$"):
+        build_dataset("IMNET", "val", tmp_path)
+
+
+def test_unicode_forms_of_a_name_are_one_class(tmp_path):
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    write_folder(tmp_path, [composed, "tea"], splits=["train"])
+    write_folder(tmp_path, [decomposed, "tea"], splits=["val"])
+    train, val = (build_dataset("IMNET", split, tmp_path) for split in ("train", "val"))
+    assert train.classes == val.classes == [composed, "tea"]
+    (tmp_path / "val" / composed).mkdir()
+    with pytest.raises(ValueError, match=r"two folders of one class: 'cafe\\u0301', 'caf\\xe9'"):
+        build_dataset("IMNET", "val", tmp_path)
+
+
+def test_links_to_a_parent_repeat_no_images(tmp_path):
+    write_folder(tmp_path, ["ant", "bee", "elsewhere/more"], splits=["val"])
+    (tmp_path / "val/elsewhere").rename(tmp_path / "elsewhere")
+    for link, target in (
+        ("val/ant/up", ".."),
+        ("val/ant/self", "."),
+        ("val/bee/more", "../../elsewhere/more"),
+        ("elsewhere/more/up", ".."),
+        ("elsewhere/more/back", "../../val/bee"),
+    ):
+        (tmp_path / link).symlink_to(target)
+    assert labels(build_dataset("IMNET", "val", tmp_path)) == [0, 0, 1, 1, 1, 1]
+
+
+def test_class_folders_list_the_samples_of_torchvision(tmp_path):
+    write_folder(tmp_path, ["b", "a", "a/z", "a/y-"], splits=["train"])
+    (tmp_path / "train/a/readme.txt").write_text("no image")
+    (tmp_path / "train/a/0.jpg").rename(tmp_path / "train/a/z.JPEG")
+    images, reference = build_dataset("IMNET", "train", tmp_path), ImageFolder(tmp_path / "train")
+    assert (images.samples, images.classes) == (reference.samples, reference.classes)
+    assert len(images) == len(reference) == 8
+
+
+@pytest.mark.parametrize(
+    ("found", "known", "expected"),
+    [
+        (["ant", "bee"], ["bee", "ant"], [1, 0]),
+        (["cow", "ant"], ["ant", "bee", "cow"], [2, 0]),
+        (["0", "1", "10"], ["0", "1", "10"], [0, 1, 2]),
+        (["0", "1", "2", "10"], ["0", "1", "10", "2"], [0, 1, 3, 2]),
+        (["0", "1", "2"], ["ant", "bee", "cow"], [0, 1, 2]),
+        (["000", "002", "001"], ["ant", "bee", "cow"], [0, 2, 1]),
+        (["cafe\u0301"], ["tea", "caf\u00e9"], [1]),
+        (["ant"], ["crane", "ant", "crane"], [1]),
+    ],
+    ids=["order", "subset", "own numbers", "numbers as text", "numbers", "padded", "Unicode", "twice elsewhere"],
+)
+def test_classes_are_matched_by_name(found, known, expected):
+    assert match_classes(found, known) == expected
+
+
+@pytest.mark.parametrize(
+    ("found", "known", "message"),
+    [
+        (["ant", "wasp"], ["ant", "bee"], "1 of 2 classes are unknown to the model: wasp; it has 2: ant, bee"),
+        (["0", "1"], ["ant", "bee", "cow"], "2 of 2 .* unknown"),
+        (["0", "1"], ["1", "2"], "1 of 2 .*: 0;"),
+        (["1", "2"], ["ant", "bee"], "2 of 2"),
+        (list("abcdefg"), ["0"], "a, b, c, d, e and 2 more"),
+        (["ant", "ant"], ["ant", "bee"], "not unique: ant$"),
+        (["crane"], ["crane", "ant", "crane"], "not unique: crane$"),
+        (["cafe\u0301", "caf\u00e9"], ["caf\u00e9"], "not unique"),
+    ],
+)
+def test_classes_that_do_not_match_are_refused(found, known, message):
+    with pytest.raises(ValueError, match=message):
+        match_classes(found, known)
 
 
 @pytest.fixture
