@@ -286,7 +286,7 @@ def train_transform(
         use_prefetcher=True,  # keeps the pixels uint8
     )
     if keeps_whole(input_size, three_augment) or simple_crop:
-        resize = transforms.Resize(input_size, interpolation=str_to_interp_mode(interpolation))
+        resize = BoundedResize(input_size, str_to_interp_mode(interpolation), center=False)
         mode = "constant" if keeps_whole(input_size, three_augment) else "reflect"
         crop = transforms.RandomCrop(input_size, padding=4, padding_mode=mode)
         transform.transforms[0] = transforms.Compose([resize, crop])
@@ -296,8 +296,44 @@ def train_transform(
 def eval_transform(input_size: int, crop_ratio: float = 0.875, interpolation: str = "bicubic") -> transforms.Compose:
     """Build DeiT's evaluation transform: resize the shorter side to input_size / crop_ratio, center crop, uint8."""
     size = int(input_size / crop_ratio) if input_size > SMALL_IMAGE else input_size
-    resize = transforms.Resize(size, interpolation=str_to_interp_mode(interpolation))
+    resize = BoundedResize(size, str_to_interp_mode(interpolation), center=True)
     return transforms.Compose([resize, transforms.CenterCrop(input_size), MaybePILToTensor()])
+
+
+class BoundedResize(transforms.Resize):
+    """Resize the shorter side; of an image that would become huge, return only a part of the longer side.
+
+    At a height of 256, a panorama of 2 x 20,000 pixels takes 2 GB, of which a crop keeps one part in ten thousand.
+
+    Args:
+        size, interpolation: As in torchvision's Resize.
+        center: Keep the center, so that a center crop is that of the whole image; otherwise a random part.
+    """
+
+    LIMIT = 2**24  # pixels of the resized image
+    KEEP = 16  # longer side of the part, in shorter sides
+
+    def __init__(self, size: int, interpolation: transforms.InterpolationMode, center: bool):
+        super().__init__(size, interpolation)
+        self.center = center
+
+    def forward(self, image: Image.Image) -> Image.Image:
+        """Resize a PIL image."""
+        short, long = sorted(image.size)
+        resized = int(self.size * long / short)
+        if self.size * resized <= self.LIMIT:
+            return super().forward(image)
+        length = self.KEEP * self.size
+        length += (resized - length) % 4  # CenterCrop then rounds as it does for the whole image
+        start = (resized - length) // 2 if self.center else int(torch.randint(resized - length + 1, ()))
+        first, last = start * long / resized, (start + length) * long / resized
+        offset = max(0, int(first) - 4 - 4 * long // resized)  # left of what the resampling filter reads
+        box, size, origin = (first - offset, 0, last - offset, short), (length, self.size), (offset, 0)
+        end = (min(long, int(last) + 5 + 4 * long // resized), short)
+        if image.height == long:
+            box, size, origin, end = (box[1], box[0], box[3], box[2]), size[::-1], origin[::-1], end[::-1]
+        part = image.crop(origin + end)  # as PIL keeps only 32 bits of each side of the box
+        return part.resize(size, Image.Resampling[self.interpolation.name], box)
 
 
 class Prepare(nn.Module):

@@ -5,8 +5,10 @@ import itertools
 import json
 import pickle
 import random
+import resource
 import traceback
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from torchvision.datasets.folder import default_loader
 from datasets import (
     GRATINGS_SIZES,
     BadImageError,
+    BoundedResize,
     Gratings,
     LastImage,
     Prepare,
@@ -432,7 +435,7 @@ def kinds(transform):
     return [tuple(kinds(part)) if isinstance(part, transforms.Compose) else type(part) for part in transform.transforms]
 
 
-CROP, SIMPLE_CROP = RandomResizedCropAndInterpolation, (transforms.Resize, transforms.RandomCrop)
+CROP, SIMPLE_CROP = RandomResizedCropAndInterpolation, (BoundedResize, transforms.RandomCrop)
 FLIP, JITTER = transforms.RandomHorizontalFlip, transforms.ColorJitter
 
 
@@ -488,6 +491,44 @@ def test_evaluation_crops_the_center(input_size, ratio, resized):
     left, top = round((wide.width - input_size) / 2), round((wide.height - input_size) / 2)
     expected = np.asarray(wide.crop((left, top, left + input_size, top + input_size))).transpose(2, 0, 1)
     assert_same_pixels(eval_transform(input_size, ratio)(image), expected)
+
+
+@pytest.mark.parametrize("size", [(500, 375), (333, 500), (64, 64), (31, 200), (3000, 40), (7, 900), (1, 255)])
+@pytest.mark.parametrize(("input_size", "ratio"), [(224, 0.875), (65, 0.9), (32, 1.0)])
+def test_evaluation_has_the_bits_of_resize_and_center_crop(size, input_size, ratio):
+    resized = int(input_size / ratio)
+    bicubic = transforms.InterpolationMode.BICUBIC
+    reference = transforms.Compose([transforms.Resize(resized, bicubic), transforms.CenterCrop(input_size)])
+    image = picture(1, size)
+    expected = np.asarray(reference(image)).transpose(2, 0, 1)
+    assert_same_pixels(eval_transform(input_size, ratio)(image), expected)
+
+
+@pytest.mark.parametrize("size", [(3000, 40), (40, 3001), (7, 900), (900, 7), (1, 255)])
+@pytest.mark.parametrize("input_size", [224, 225])
+def test_the_part_of_a_panorama_is_that_of_the_whole(size, input_size, monkeypatch):
+    image, transform = picture(1, size), eval_transform(input_size)
+    whole = np.asarray(transform(image)).astype(int)
+    monkeypatch.setattr(BoundedResize, "LIMIT", 2**17)
+    difference = abs(np.asarray(transform(image)).astype(int) - whole)
+    assert difference.max() <= 2  # PIL rounds the position of the part
+    assert (difference > 0).mean() < 1e-3
+
+
+@pytest.mark.parametrize("size", [(20_000, 2), (1, 5000)])
+@pytest.mark.parametrize(
+    "transform", [eval_transform(224), train_transform(224), train_transform(64, simple_crop=True)]
+)
+def test_a_panorama_takes_little_memory(size, transform):
+    """Resized as a whole it takes up to 2 GB. With 256 MiB of address space left that is a MemoryError."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + 2**28, limits[1]))
+    try:
+        image = np.asarray(transform(Image.new("RGB", size, (9, 9, 9))))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert image.shape[0] == 3
 
 
 # Seeds
