@@ -4,6 +4,7 @@ Every sample is (image, label): uint8 pixels (3, H, W) and an int. Batches stay 
 the device, which costs a quarter of the memory traffic of float32.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -368,19 +369,30 @@ class Prepare(nn.Module):
         return self.erase(images) if self.erase and self.training else images
 
 
+def check_images(dataset: Dataset, num: int = 32) -> None:
+    """Decode an evenly spaced sample of the image files of a data set.
+
+    Raises:
+        BadImageError: A file cannot be read; the message names it.
+    """
+    samples = getattr(dataset, "samples", [])  # data sets without files have none
+    for i in range(0, len(samples), max(1, len(samples) // num)):
+        dataset.loader(samples[i][0])
+
+
 class SeededDataset(Dataset):
     """Seed Python's, numpy's and torch's CPU generators per sample; keys are (index, seed) of a SeededSampler.
 
     Args:
         dataset: Map-style data set with random transforms.
         bad_images: Number of unreadable files, over all workers of this process, that are replaced by the next
-            readable sample; one more raises BadImageError.
+            readable sample; one more raises BadImageError. At most 65,536.
     """
 
     def __init__(self, dataset: Dataset, bad_images: int = 0):
         self.dataset = dataset
-        self.allowed = min(bad_images, len(dataset) - 1)  # at least one sample must be left as a replacement
-        self.bad = Array("b", len(dataset))  # 1 for each unreadable file met; shared by the workers
+        allowed = min(bad_images, len(dataset) - 1, 2**16)  # at least one sample must be left as a replacement
+        self.bad = Array("q", [-1] * allowed)  # indices of the unreadable files met; shared by the workers
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -400,12 +412,14 @@ class SeededDataset(Dataset):
     def _count(self, index, error):
         """Count each bad image once, however often it is met."""
         with self.bad.get_lock():
-            if not self.bad[index]:
-                left = self.allowed - bytes(self.bad.get_obj()).count(1) - 1
+            bad = self.bad[:]
+            if index not in bad:
+                left = bad.count(-1) - 1
                 if left < 0:
                     raise error
-                self.bad[index] = 1
-                print(f"warning: {error}; taking the next one, {left} more allowed", flush=True)
+                self.bad[len(bad) - left - 1] = index
+                with contextlib.suppress(OSError):  # of a full disk
+                    print(f"warning: {error}; taking the next one, {left} more allowed", flush=True)
 
 
 def build_loader(

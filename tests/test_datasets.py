@@ -1,6 +1,8 @@
 """Data sets and their labels, DeiT's transforms, seeds per sample, damaged files, loaders."""
 
+import errno
 import hashlib
+import io
 import itertools
 import json
 import pickle
@@ -32,6 +34,7 @@ from datasets import (
     SeededDataset,
     build_dataset,
     build_loader,
+    check_images,
     eval_transform,
     match_classes,
     train_transform,
@@ -603,6 +606,32 @@ def test_the_next_readable_sample_replaces_a_damaged_one(capsys):
 def test_too_many_damaged_files_are_an_error(bad, allowed):
     with pytest.raises(BadImageError):
         SeededDataset(RandomImages(bad), bad_images=allowed)[2, 0]
+
+
+def test_a_warning_on_a_full_disk_does_not_end_the_run(monkeypatch):
+    class FullDisk(io.StringIO):
+        def write(self, _):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("sys.stdout", FullDisk())
+    assert SeededDataset(RandomImages(bad={2}), bad_images=1)[2, 0][1] == 3
+
+
+def test_memory_does_not_grow_with_an_absurd_length():
+    images = SeededDataset(Gratings("train", 10**13, transform=train_transform(32)), bad_images=10**13)
+    assert len(images) == 10**13
+    assert images[10**13 - 1, 0][1] == (10**13 - 1) % 24
+
+
+def test_a_sample_of_the_files_is_checked(tmp_path):
+    write_folder(tmp_path, ["ant", "bee"], images=4, splits=["val"])
+    images = build_dataset("IMNET", "val", tmp_path, transform=lambda _: pytest.fail("only decoding is needed"))
+    (tmp_path / "val/bee/0.jpg").write_text("no image")
+    check_images(images, num=1)
+    for num in (2, 5, 100):
+        with pytest.raises(BadImageError, match=r"cannot read image .*bee/0\.jpg"):
+            check_images(images, num)
+    check_images(Gratings("val", 10**13))
 
 
 def labels_or_error(bad_images):
