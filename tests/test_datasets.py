@@ -7,6 +7,7 @@ import itertools
 import json
 import pickle
 import random
+import re
 import resource
 import traceback
 from collections import Counter
@@ -30,6 +31,7 @@ from datasets import (
     BoundedResize,
     Gratings,
     LastImage,
+    LoaderError,
     Prepare,
     SeededDataset,
     build_dataset,
@@ -38,6 +40,7 @@ from datasets import (
     eval_transform,
     match_classes,
     train_transform,
+    warn_if_shm_is_small,
 )
 from samplers import RASampler, SeededSampler
 
@@ -649,3 +652,41 @@ def labels_or_error(bad_images):
 def test_damaged_files_are_counted_over_the_workers():
     assert labels_or_error(3) == [1, 1, 2, 3, 5, 5, 6, 7, 9, 9, 10, 11]
     assert "cannot read image" in labels_or_error(2)
+
+
+# Shared memory and open files
+
+
+def test_a_batch_that_cannot_be_shared_is_an_error():
+    """As where /dev/shm is full. Python drops such a batch, and the loader waits for it forever."""
+
+    def fill_up(_):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+
+    loader = build_loader(RandomImages(), range(12), 4, 1, drop_last=False, worker_init_fn=fill_up)
+    with pytest.raises(LoaderError, match=r"File too large.*--shm-size.*--ipc=host.*--num_workers 0") as info:
+        list(loader)
+    traceback.clear_frames(info.tb)
+
+
+def test_too_few_open_files_are_an_error(monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (32, 32))
+    with pytest.raises(LoaderError, match=r"4 loader workers need \d+ open files; the limit is 32: .*ulimit -n"):
+        build_loader(RandomImages(), [], 4, 4, drop_last=False)
+    build_loader(RandomImages(), [], 4, 0, drop_last=False)
+
+
+def test_the_soft_limit_on_open_files_is_raised():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+    try:
+        build_loader(RandomImages(), [], 4, 2, drop_last=False)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 2 * (2 * 10 + 20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_shared_memory_that_is_too_small_gives_a_warning():
+    assert re.match(r"/dev/shm has \d+ MB left.* 2000000 MB: .*--shm-size", warn_if_shm_is_small(2**20 * 10**6, 1))
+    assert warn_if_shm_is_small(1, 1) is None
+    assert warn_if_shm_is_small(10**15, 0) is None
