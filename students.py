@@ -81,9 +81,7 @@ class WideLast(VisionTransformer):
             heads = [max(1, num_heads * width // widths[0]) for width in widths]
         depth = depth or len(widths)
         if not len(widths) == len(heads) == depth:
-            raise ValueError(
-                f"{len(widths)} widths and {len(heads)} heads for {depth} blocks: give one of each per block"
-            )
+            raise ValueError(f"{len(widths)} widths and {len(heads)} heads for {depth} blocks: give one per block")
         shapes = zip([widths[0], *widths], widths, heads, strict=False)
 
         def block(dim, num_heads, **options):

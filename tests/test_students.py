@@ -152,9 +152,9 @@ def test_initialization_is_as_released():
 @pytest.mark.parametrize("name", [LIFT, WIDELAST])
 def test_timm_finds_the_blocks_that_the_hooks_find(name):
     model, images = build(name, **TINY | {"depth": 3}), torch.randn(2, 3, 32, 32)
-    hooks = FeatureHooks(model, range(3))
     with torch.no_grad():
         maps = model.forward_intermediates(images, intermediates_only=True)
+        hooks = FeatureHooks(model, range(3))
         model(images)
     assert [m.shape[1] for m in maps] == [24, 24, 48]
     for ours, timms in zip(hooks.pop(), maps, strict=True):
