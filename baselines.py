@@ -5,13 +5,13 @@ the teacher's map of one pair of blocks, (B, C, H, W) of any floating dtype, and
 float64 maps). All of them compute in float32 inside autocast, too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spectral import FEATURE_LOSSES, align, closed_spectral_loss
+from spectral import align, closed_spectral_loss, mse_loss
 
 MANIFOLD_WEIGHTS = (4.0, 0.1, 0.2)  # within an image, across images, random tokens
 
@@ -108,44 +108,31 @@ def check_same_grid(student: Tensor, teacher: Tensor) -> None:
             )
 
 
-# Losses of a pair without parameters, by the name that --feature-loss (or --spectral-impl) gives them.
-PAIR_LOSSES = {**FEATURE_LOSSES, "spectral": closed_spectral_loss, "mse_plain": mse_plain, "manifold": manifold_loss}
+# Losses without parameters, one function for all pairs, by the names that --feature-loss gives them.
+PAIR_LOSSES = {"spectral": closed_spectral_loss, "mse": mse_loss, "mse_plain": mse_plain, "manifold": manifold_loss}
 PROJECTORS = {"projector": False, "projector_trained": True}  # name: whether it is trained
 
 
-class FeatureLosses(nn.Module):
-    """The feature losses of all pairs, one loss each.
-
-    Args:
-        losses: (student map, teacher map) -> scalar, per pair; those that are modules become submodules.
-    """
-
-    def __init__(self, losses: Sequence):
-        super().__init__()
-        self.losses = nn.ModuleList(losses) if all(isinstance(loss, nn.Module) for loss in losses) else list(losses)
-
-    def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-        """Return the unweighted loss of each pair, (pairs,)."""
-        return torch.stack([loss(s, t) for loss, s, t in zip(self.losses, student, teacher, strict=True)])
-
-
-def build_feature_losses(
+def build_feature_loss(
     name: str, student_channels: Sequence[int], teacher_channels: Sequence[int], seed: int = 0
-) -> FeatureLosses:
-    """Build the feature losses of a run.
+) -> Callable[[Tensor, Tensor], Tensor] | nn.ModuleList:
+    """Build what `losses.DistillationLoss` takes as its `feature_loss`.
 
     Args:
         name: a key of PAIR_LOSSES or PROJECTORS.
         student_channels, teacher_channels: width of each pair's maps.
-        seed: of the projectors' weights. Every process gets the same ones, and no generator moves on, so the student
-            and the data are the same whichever loss is chosen.
+        seed: of the projectors' weights. Every process gets the same ones, and the global generator is left alone, so
+            the student and the data are the same whichever loss is chosen.
+
+    Returns:
+        One loss for all pairs, or a ModuleList with one per pair.
 
     Raises:
         KeyError: there is no such loss.
     """
     if name not in PROJECTORS:
-        return FeatureLosses([PAIR_LOSSES[name]] * len(student_channels))
+        return PAIR_LOSSES[name]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         widths = zip(student_channels, teacher_channels, strict=True)
-        return FeatureLosses([Projector(s, t, PROJECTORS[name]) for s, t in widths])
+        return nn.ModuleList(Projector(s, t, PROJECTORS[name]) for s, t in widths)
