@@ -5,6 +5,7 @@ Legend as in spectral.py: B images, C channels, an H x W grid of N = H W patch t
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ def entropy_over_depth(maps: Sequence[Tensor], bins: int = 100) -> dict[str, Ten
     low, high = ranges[:, 0].min(), ranges[:, 1].max()
     rows = {
         "entropy": [_entropy(m, low, high, bins) for m in maps],
-        "entropy_own_range": [_entropy(m, *limits, bins) for m, limits in zip(maps, ranges, strict=True)],
+        "entropy_own_range": [_entropy(m, a, b, bins) for m, (a, b) in zip(maps, ranges, strict=True)],
         "magnitude": [m.abs().mean() for m in maps],
     }
     return {name: torch.stack(values).cpu() for name, values in rows.items()}
@@ -91,7 +92,7 @@ class _Counts:
         return [count_percentile(row) for row in self.counts]
 
 
-def rank_analysis(batches: Callable[[], Iterable[Tensor]], seed: int = 0) -> dict[str, list[float] | int]:
+def rank_analysis(batches: Callable[[], Iterable[Tensor]], seed: int = 0) -> dict[str, Any]:
     """Count the dimensions that hold 80, 90, 95 and 99 % of the energy of a block's tokens, arXiv 2511.15572.
 
     `svd` counts the singular directions of each image's own (N, D) tokens, `pca` those of one basis for all images:
@@ -116,14 +117,14 @@ def rank_analysis(batches: Callable[[], Iterable[Tensor]], seed: int = 0) -> dic
         ValueError: there are no images.
     """
     svd, moments = None, {}
-    for x, rotated in _read(batches, seed):
+    for x, energies, rotated in _read(batches, seed):
         if svd is None:
             width = x.shape[-1]
             cap = min(x.shape[1:])
             svd, svd_centered = _Counts(cap), _Counts(cap)
             moments = {name: x.new_zeros(width, width) for name in ("pca", "pca_rotated")}
             total, tokens, images = x.new_zeros(width), 0, 0
-        svd.add(dimensions(squared_singular_values(x)))
+        svd.add(dimensions(energies))
         svd_centered.add(dimensions(squared_singular_values(x - x.mean(1, keepdim=True))))
         for name, values in (("pca", x), ("pca_rotated", rotated)):
             moments[name] += torch.einsum("bnc,bnd->cd", values, values)
@@ -135,7 +136,7 @@ def rank_analysis(batches: Callable[[], Iterable[Tensor]], seed: int = 0) -> dic
     moments["pca_centered"] = moments["pca"] - tokens * torch.outer(mean, mean)
     bases = {name: torch.linalg.eigh(moment) for name, moment in moments.items()}
     pca = {name: _Counts(width) for name in bases}
-    for x, rotated in _read(batches, seed):
+    for x, _, rotated in _read(batches, seed):
         for name, values in (("pca", x), ("pca_centered", x - mean), ("pca_rotated", rotated)):
             pca[name].add(dimensions((values @ bases[name][1].flip(1)).square().sum(1)))
     found = {"svd": svd, "svd_centered": svd_centered, **pca}
@@ -149,8 +150,8 @@ def rank_analysis(batches: Callable[[], Iterable[Tensor]], seed: int = 0) -> dic
     }
 
 
-def _read(batches: Callable[[], Iterable[Tensor]], seed: int) -> Iterable[tuple[Tensor, Tensor]]:
-    """Yield the tokens (B, N, D) of each batch in float64, and stand-ins for randomly rotated ones.
+def _read(batches: Callable[[], Iterable[Tensor]], seed: int) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
+    """Yield each batch's tokens (B, N, D) in float64, their squared singular values, and stand-ins for rotated tokens.
 
     X = U S V^T turned by a random rotation has the Gram matrix Q S^2 Q^T with random orthonormal columns Q (D, n), and
     so has S Q^T, (n, D), which costs no D x D rotation.
@@ -158,9 +159,9 @@ def _read(batches: Callable[[], Iterable[Tensor]], seed: int) -> Iterable[tuple[
     generator = torch.Generator().manual_seed(seed)
     for maps in batches():
         x = maps.double().flatten(2).mT
-        values = squared_singular_values(x).sqrt()
-        noise = torch.randn(len(x), x.shape[2], values.shape[1], generator=generator, dtype=torch.float64)
-        yield x, values.unsqueeze(-1) * torch.linalg.qr(noise.to(x.device))[0].mT
+        energies = squared_singular_values(x)
+        noise = torch.randn(len(x), x.shape[2], energies.shape[1], generator=generator, dtype=torch.float64)
+        yield x, energies, energies.sqrt().unsqueeze(-1) * torch.linalg.qr(noise.to(x.device))[0].mT
 
 
 def first_of_each_class(targets: Sequence[int]) -> list[int]:

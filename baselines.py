@@ -52,7 +52,7 @@ def manifold_loss(student: Tensor, teacher: Tensor, tokens: int = 192, index: Te
             _gram_distance(student.transpose(0, 1), teacher.transpose(0, 1)),
             _gram_distance(*(x[index] for x in flat)),
         )
-        return sum(weight * term for weight, term in zip(MANIFOLD_WEIGHTS, terms, strict=True))
+        return (torch.stack(terms) * student.new_tensor(MANIFOLD_WEIGHTS)).sum()
 
 
 def _unit_tokens(maps: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ module registers them. Both load the checkpoints released with the paper (`check
 
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -130,7 +131,8 @@ class Lift(VisionTransformer):
             raise ValueError(f"Lift needs a class token and no further prefix token, not {self.num_prefix_tokens}")
         self.feature_info[-1]["num_chs"] = self.num_features = self.head_hidden_size = self.embed_dim = lift_dim
         # The lift and the head keep torch's default initialization, as released.
-        self.blocks[-1].lift.reset_parameters()
+        last: Any = self.blocks[-1]
+        last.lift.reset_parameters()
         self.reset_classifier(self.num_classes)
 
 
@@ -141,10 +143,13 @@ def checkpoint_filter_fn(weights: dict[str, Tensor], model: VisionTransformer) -
     """
     if any(name.startswith("base_model.") for name in weights):
         unused = re.compile(r"base_model\.(norm|head)\.")
-        renamed = ((r"^base_model\.", ""), (r"^projections\.(\d+)", r"blocks.\1.lift"))
-        renamed += ((r"^layer_norms\.(\d+)", r"blocks.\1.lift_norm"),)
+        renamed = {
+            r"^base_model\.": "",
+            r"^projections\.(\d+)": r"blocks.\1.lift",
+            r"^layer_norms\.(\d+)": r"blocks.\1.lift_norm",
+        }
         weights = {name: value for name, value in weights.items() if not unused.match(name)}
-        for pattern, name in renamed:
+        for pattern, name in renamed.items():
             weights = {re.sub(pattern, name, old): value for old, value in weights.items()}
     return vit.checkpoint_filter_fn(weights, model)
 
@@ -170,7 +175,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _build(kind: type, name: str, pretrained: bool, kwargs: dict) -> VisionTransformer:
+def _build(kind: type, name: str, pretrained: bool, kwargs: dict) -> Any:
     return build_model_with_cfg(
         kind,
         name,

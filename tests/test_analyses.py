@@ -96,10 +96,10 @@ def test_random_rotations_take_away_a_shared_basis():
 
 def test_rotation_is_one_of_the_tokens_themselves():
     tokens = torch.randn(3, 16, 24, dtype=torch.float64)
-    ((x, rotated),) = analyses._read(batches_of(tokens, 3), seed=0)
+    ((x, energies, rotated),) = analyses._read(batches_of(tokens, 3), seed=0)
     torch.testing.assert_close(x, tokens)
-    expected = analyses.squared_singular_values(tokens)
-    torch.testing.assert_close(analyses.squared_singular_values(rotated), expected)
+    torch.testing.assert_close(energies, analyses.squared_singular_values(tokens))
+    torch.testing.assert_close(analyses.squared_singular_values(rotated), energies)
 
 
 def test_images_are_the_first_of_each_class():
