@@ -2,10 +2,14 @@ PYTHON ?= python3
 VENV ?= .venv
 REQUIREMENTS ?= requirements.txt
 
-.PHONY: demo test test-paper
+.PHONY: demo test test-paper verify
 
 demo: $(VENV)/.installed
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" ./demo.sh
+
+# Published numbers that need no training: make verify DATA=ILSVRC2012 [VERIFY="--weights FOLDER --logs FOLDER"]
+verify: $(VENV)/.installed
+	$(VENV)/bin/python verify.py --data-path "$(DATA)" $(VERIFY)
 
 # Everything but the sweeps, on the newest releases.
 test: $(VENV)/.installed-dev

@@ -8,6 +8,7 @@ import sys
 import timm
 from timm.layers import resample_abs_pos_embed
 
+import students  # noqa: F401 registers its models with timm
 import utils
 
 
