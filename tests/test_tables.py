@@ -14,11 +14,14 @@ from PIL import Image
 
 import flags
 import plots
+import runs
+import students  # noqa: F401 registers models with timm
 import tables
 
 RUN = ["--data-set", "GRATINGS", "--device", "cpu", "--epochs", "3", "--warmup-epochs", "0"]
 SOFT = ["--distillation-type", "soft", "--distillation-alpha", "0.9", "--w-fft", "0"]
 SPECTRAL = [*SOFT, "--s-id", "0", "11", "--t-id", "0", "23", "--w-fft", "0.2"]
+RESULTS = runs.PUBLISHED["results"]
 
 
 def log_line(epoch, top1, **more):
@@ -32,10 +35,10 @@ def log_line(epoch, top1, **more):
 def write(tmp_path):
     """Write a run's folder from its top-1 of each epoch and its flags, and return it."""
 
-    def write_run(name, top1, *more_flags, world_size=1, args=None, **more):
+    def write_run(name, top1, *more_flags, base=RUN, args=None, **more):
         folder = tmp_path / name
         folder.mkdir()
-        stored = vars(flags.parse_args([*RUN, *map(str, more_flags)])) | {"world_size": world_size} | (args or {})
+        stored = vars(flags.parse_args([*base, *map(str, more_flags)])) | {"world_size": 1} | (args or {})
         (folder / "args.json").write_text(json.dumps(stored))
         (folder / "log.txt").write_text("".join(log_line(i, value, **more) for i, value in enumerate(top1)))
         return folder
@@ -65,7 +68,7 @@ def cells(markdown):
     """Return the cells of a Markdown table, as one dict per row, by the name of the run."""
     lines = [line for line in markdown.splitlines() if line.startswith("|")]
     header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    return {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+    return {row[header.index("run")]: dict(zip(header, row, strict=True)) for row in rows}
 
 
 # Rows
@@ -78,8 +81,8 @@ def test_best_last_and_mean_of_last_ten(write, table):
 
 
 def test_seeds_share_a_row_with_mean_and_sample_deviation(write, table):
-    runs = [write(f"run_{seed}", [10, 20, top1], "--seed", seed) for seed, top1 in enumerate((60, 62, 67))]
-    row = table(*runs)["run_*"]
+    folders = [write(f"run_{seed}", [10, 20, top1], "--seed", seed) for seed, top1 in enumerate((60, 62, 67))]
+    row = table(*folders)["run_*"]
     assert (row["seeds"], row["best"]) == ([0, 1, 2], pytest.approx(63))
     assert row["best_std"] == pytest.approx(13**0.5)  # (9 + 1 + 16) / 2
 
@@ -94,12 +97,12 @@ def test_a_run_named_twice_counts_once(write, table):
     assert table(run, run / "log.txt", f"{run}/../run")["run"]["seeds"] == [0]
 
 
-def test_gains_and_the_error_of_the_difference(write, table):
+def test_gains_and_the_error_of_the_difference(tmp_path, write, table):
     for seed, (none, soft, spectral) in enumerate([(50, 60, 61), (52, 60, 65)]):
         write(f"none_{seed}", [1, 2, none], "--seed", seed)
         write(f"soft_{seed}", [1, 2, soft], "--seed", seed, *SOFT)
-        run = write(f"spectral_{seed}", [1, 2, spectral], "--seed", seed, *SPECTRAL)
-    rows = table(*run.parent.iterdir())
+        write(f"spectral_{seed}", [1, 2, spectral], "--seed", seed, *SPECTRAL)
+    rows = table(tmp_path)  # a folder of runs stands for its runs
     assert rows["none_*"]["gain_no_teacher"] is rows["soft_*"]["gain_soft_kd"] is None
     assert (rows["soft_*"]["gain_no_teacher"], rows["spectral_*"]["gain_no_teacher"]) == (9, 12)
     assert rows["spectral_*"]["gain_soft_kd"] == 3
@@ -110,30 +113,23 @@ def test_gains_and_the_error_of_the_difference(write, table):
 
 COUNTS = ["--lr 1e-3", "--epochs 2", "--batch-size 128", "--drop-path 0.1", "--aa none", "--no-repeated-aug"]
 COUNTS += ["--amp-dtype bfloat16", "--model deit_small_patch16_224", "--model-kwargs embed_dim=24"]
-COUNTS += ["--gratings-sizes 100 100"]
+COUNTS += ["--gratings-sizes 100 100", "--device cuda"]  # another default dtype
+DOES_NOT = ["--num_workers 3", "--output_dir elsewhere", "--no-dist-eval", "--batch-size 32 --accum-steps 2"]
 
 
-@pytest.mark.parametrize("other", COUNTS)
+@pytest.mark.parametrize("other", [*COUNTS, *DOES_NOT])
 def test_a_control_must_agree_in_what_counts(other, write, table):
     rows = table(write("none", [1, 2, 50], *other.split()), write("soft", [1, 2, 60], *SOFT))
-    assert rows["soft"]["gain_no_teacher"] is None
+    assert rows["soft"]["gain_no_teacher"] == (None if other in COUNTS else 10)
 
 
-@pytest.mark.parametrize(
-    "other", ["--num_workers 3", "--output_dir elsewhere", "--no-dist-eval", "--batch-size 32 --accum-steps 2"]
-)
-def test_a_control_may_differ_in_what_does_not_count(other, write, table):
-    rows = table(write("none", [1, 2, 50], *other.split()), write("soft", [1, 2, 60], *SOFT))
-    assert rows["soft"]["gain_no_teacher"] == 10
+OTHER_KD = ["--distillation-alpha 0.5", "--distillation-tau 2", "--teacher-model cait_xs24_384"]
 
 
-def test_soft_kd_controls_only_the_same_distillation(write, table):
-    run = write("spectral", [1, 2, 61], *SPECTRAL)
-    assert table(run, write("soft", [1, 2, 60], *SOFT))["spectral"]["gain_soft_kd"] == 1
-    others = ("--distillation-alpha 0.5", "--distillation-tau 2", "--teacher-model cait_xs24_384")
-    for i, other in enumerate((*others, "--teacher-kwargs depth=6")):
-        control = write(f"soft_{i}", [1, 2, 60], *SOFT, *other.split())
-        assert table(run, control)["spectral"]["gain_soft_kd"] is None
+@pytest.mark.parametrize("other", ["", *OTHER_KD, "--teacher-kwargs depth=6"])
+def test_soft_kd_controls_only_the_same_distillation(other, write, table):
+    rows = table(write("spectral", [1, 2, 61], *SPECTRAL), write("soft", [1, 2, 60], *SOFT, *other.split()))
+    assert rows["spectral"]["gain_soft_kd"] == (None if other else 1)
 
 
 def test_the_name_of_the_data_folder_counts_not_its_place(tmp_path, write, table):
@@ -149,9 +145,7 @@ def test_the_name_of_the_data_folder_counts_not_its_place(tmp_path, write, table
 
 def test_unfinished_runs_are_excluded_from_comparisons(write, table, show):
     unfinished, soft = write("none", [1, 50]), write("soft", [1, 2, 60], *SOFT)
-    rows = table(unfinished, soft)
-    assert (rows["none"]["done"], rows["none"]["epochs_seen"]) == (False, 2)
-    assert rows["soft"]["gain_no_teacher"] is None
+    assert table(unfinished, soft)["soft"]["gain_no_teacher"] is None
     assert cells(show(unfinished, soft).out)["none"]["epochs"] == "2 of 3"
 
 
@@ -168,31 +162,20 @@ def test_the_cool_down_counts_as_in_timm(sched, write, table):
     assert (row["epochs"], row["done"]) == (epochs, epochs == 3)
 
 
-@pytest.mark.parametrize(
-    ("more", "method"),
-    [
-        ([], "none"),
-        (SOFT, "soft KD"),
-        (SPECTRAL, "SpectralKD (2 pairs)"),
-        ([*SPECTRAL, "--s-id", "0", "--t-id", "0"], "SpectralKD (1 pair)"),
-        ([*SPECTRAL, "--feature-loss", "mse"], "MSE baseline (2 pairs)"),
-        ([*SPECTRAL, "--distillation-beta", "0"], "soft KD"),
-        (["--distillation-type", "hard", "--w-fft", "0"], "hard"),
-        ([*SPECTRAL, "--distillation-type", "hard"], "hard + spectral (2 pairs)"),
-        ([*SPECTRAL, "--distillation-type", "fft"], "fft + spectral (2 pairs)"),
-        ([*SPECTRAL, "--distillation-type", "fft", "--feature-loss", "mse"], "fft + MSE (2 pairs)"),
-    ],
-)
-def test_the_method_has_its_name(more, method, write, table):
-    assert table(write("run", [1, 2, 3], *more))["run"]["method"] == method
+METHODS = {
+    "none": [],
+    "soft KD": [*SPECTRAL, "--distillation-beta", "0"],
+    "SpectralKD (1 pair)": [*SPECTRAL, "--s-id", "0", "--t-id", "0"],
+    "MSE baseline (2 pairs)": [*SPECTRAL, "--feature-loss", "mse"],
+    "soft KD + manifold (2 pairs)": [*SPECTRAL, "--feature-loss", "manifold"],
+    "hard": ["--distillation-type", "hard", "--w-fft", "0"],
+    "fft + spectral (2 pairs)": [*SPECTRAL, "--distillation-type", "fft"],
+}
 
 
-def test_rows_that_look_the_same_name_their_differences(write, table):
-    first = write("first", [1, 2, 3], *SPECTRAL, "--s-id", "0", "1", "--t-id", "0", "1")
-    rows = table(first, write("ends", [1, 2, 3], *SPECTRAL), write("none", [1, 2, 3]))
-    assert rows["first"]["method"] == "SpectralKD (2 pairs), s_id 0 1, t_id 0 1"
-    assert rows["ends"]["method"] == "SpectralKD (2 pairs), s_id 0 11, t_id 0 23"
-    assert rows["none"]["method"] == "none"
+@pytest.mark.parametrize("method", METHODS)
+def test_the_method_has_its_name(method, write, table):
+    assert table(write("run", [1, 2, 3], *METHODS[method]))["run"]["method"] == method
 
 
 def test_teachers_come_first_and_methods_in_order(write, table, show):
@@ -201,86 +184,193 @@ def test_teachers_come_first_and_methods_in_order(write, table, show):
     best.touch()
     last.touch()
     taught = ["--teacher-kwargs", *TEACHER, "--teacher-path"]
-    runs = [
+    folders = [
         write("a", [1, 2, 60], *SPECTRAL, *taught, best),
         write("b", [1, 2, 60], *SPECTRAL, "--feature-loss", "mse", *taught, best),
         write("c", [1, 2, 60], *SOFT, *taught, last),
         write("d", [1, 2, 60]),
         teacher,
     ]
-    rows = table(*runs)
+    rows = table(*folders)
     assert list(rows) == ["z_teacher", "d", "c", "b", "a"]  # teacher, none, soft KD, MSE baseline, SpectralKD
     assert [row["teacher_top1"] for row in rows.values()] == [None, None, 65, 70, 70]
-    assert cells(show(*runs).out)["a"]["teacher"] == "cait_s24_224 [1] (70.00)"
+    assert cells(show(*folders).out)["a"]["teacher"] == "cait_s24_224 [1] (70.00)"
 
 
-def test_model_arguments_stored_as_a_list_are_the_same(write, table):
-    """Version 0.1 stored KEY=VALUE strings."""
+def test_runs_of_version_0_1_join_todays(write, table):
+    """It stored KEY=VALUE strings, and other flags."""
     new = write("run_0", [1, 2, 3], "--model-kwargs", "depth=4", "name=x")
-    old = write("run_1", [1, 2, 3], "--seed", 1, args={"model_kwargs": ["depth=4", "name=x"], "teacher_kwargs": []})
+    kwargs = {"model_kwargs": ["depth=4", "name=x"], "teacher_kwargs": []}
+    old = write("run_1", [1, 2, 3], args={"seed": 1, "spectra_every": 0, **kwargs})
+    stored = json.loads((old / "args.json").read_text())
+    del stored["feature_loss"]
+    (old / "args.json").write_text(json.dumps(stored))
     assert table(new, old)["run_*"]["student"] == "deit_tiny_patch16_224 depth=4 name=x"
+
+
+# Sweeps
+
+
+@pytest.fixture
+def sweep(tmp_path, write):
+    """Two seeds each of two weights, and a run without a teacher."""
+    for weight, top1 in ((0.4, 61), (0.05, 62)):
+        for seed in (0, 1):
+            more = [*SPECTRAL, "--w-fft", weight, "--seed", seed]
+            write(f"w-fft={weight},seed={seed}", [1, 2, top1 + seed], *more)
+    write("a", [1, 2, 50])
+    return tmp_path
+
+
+def test_settings_that_tell_rows_apart_are_columns(sweep, show):
+    rows = cells(show(sweep).out)
+    assert {name: row["w-fft"] for name, row in rows.items()} == {
+        "a": "",
+        "w-fft=0.05,seed=*": "0.05",
+        "w-fft=0.4,seed=*": "0.4",
+    }
+    assert "s-id" not in rows["a"]
+
+
+def test_varied_flags_give_columns_and_order(sweep, write, show):
+    more = write("b", [1, 2, 60], *SPECTRAL, "--s-id", 0, "--t-id", 0)
+    rows = cells(show(sweep, more, "--vary", "w-fft,--s-id").out)
+    shown = [(row["w-fft"], row["s-id"], row["best"]) for row in rows.values()]
+    ends = [("0.05", "0 11", "62.500 ± 0.707"), ("0.2", "0", "60.000"), ("0.4", "0 11", "61.500 ± 0.707")]
+    assert shown == [("", "", "50.000"), *ends]
+
+
+@pytest.mark.parametrize("name", ["seed", "num_workers", "nothing"])
+def test_what_cannot_change_the_result_cannot_be_varied(name, sweep, capsys):
+    with pytest.raises(SystemExit):
+        tables.main([str(sweep), "--vary", name])
+    assert f"flags of main.py that change the result, got {name}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("varied", [["w_fft", "s_id"], ["s_id", "w_fft"]])
+def test_a_sweep_is_drawn_over_its_first_flag(varied, sweep):
+    rows = [row for row, _ in tables.tabulate(runs.read_runs([str(sweep)]), varied)]
+    axis = plots.draw_sweep(rows).axes[0]
+    drawn = {bars.get_label(): [*zip(*bars[0].get_data(), strict=True)] for bars in axis.containers}
+    by_weight = {"SpectralKD, s-id 0 11": [(0.05, 62.5), (0.4, 61.5)]}
+    by_ids = {"SpectralKD, w-fft 0.05": [("0 11", 62.5)], "SpectralKD, w-fft 0.4": [("0 11", 61.5)]}
+    assert drawn == (by_weight if varied[0] == "w_fft" else by_ids)
+    assert [*axis.lines[0].get_ydata()] == [50, 50]  # the control, for any value
 
 
 # Published numbers
 
 
-@pytest.fixture(scope="module")
-def imagenet(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "ILSVRC2012"
-    path.mkdir()
-    return ["--data-set", "IMNET", "--data-path", str(path)]
+@pytest.fixture
+def published(tmp_path, write, table, monkeypatch):
+    """Return the published top-1 beside a run by a recipe with further flags."""
+
+    def run_recipe(recipe, *more, processes=None, **other):
+        monkeypatch.chdir(ROOT)  # recipes include each other relative to the repository
+        (tmp_path / "ILSVRC2012").mkdir()
+        base = [f"@recipes/{recipe}.args", "--data-path", str(tmp_path / "ILSVRC2012")]
+        args = flags.parse_args(base)
+        batch = next((entry["global_batch"] for entry in RESULTS if entry["recipe"] == recipe), 2 * args.batch_size)
+        args, parameters = (
+            {"world_size": processes or batch // args.batch_size},
+            runs.PUBLISHED["parameters"][args.model],
+        )
+        row = table(write("run", [1, 2, 3], *more, base=base, args=args, **{"n_parameters": parameters} | other))["run"]
+        assert (row["source"] is None) == (row["published"] is None)
+        return row["published"]
+
+    return run_recipe
 
 
-LATER = ["--batch-size", "1024", "--drop-path", "0", "--warmup-epochs", "5", "--epochs"]
+@pytest.mark.parametrize("entry", [entry for entry in RESULTS if entry["recipe"]], ids=lambda entry: entry["recipe"])
+def test_a_run_by_a_recipe_has_its_published_number(entry, published):
+    assert published(entry["recipe"]) == entry["best"]
 
 
-@pytest.mark.parametrize(
-    ("more", "number"),
-    [
-        ([*LATER, 300], 74.86),
-        ([*SOFT, *LATER, 300], 76.99),
-        ([*SOFT, *LATER, 500], 78.07),
-        ([*SPECTRAL, *LATER, 300, "--s-id", 0, "--t-id", 0], 77.0),
-        ([*SPECTRAL, *LATER, 300], 77.08),
-        ([*SPECTRAL, *LATER, 300, "--s-id", 11, "--t-id", 23], 76.83),
-        ([*SPECTRAL, *LATER, 500, "--s-id", 11, "--t-id", 23], 77.59),
-        ([*SPECTRAL, *LATER, 300, "--s-id", 11, "--t-id", 22], None),
-        ([*SOFT, *LATER, 400], None),
-        ([*SOFT, *LATER, 300, "--mixup", 0.8], None),
-        ([*SOFT, *LATER, 300, "--teacher-model", "cait_xs24_384"], None),
-        ([*SOFT, *LATER, 300, "--model-kwargs", "embed_dim=24"], None),
-        ([*SOFT, *LATER, 300, "--data-set", "CIFAR"], None),
-        ([*SOFT, *LATER, 300, "--batch-size", 256], None),
-    ],
-    ids=str,
-)
-def test_a_published_number_needs_its_own_recipe(more, number, write, table, imagenet):
-    row = table(write("run", [1, 2, 3], *imagenet, *more, world_size=2))["run"]
-    assert row["published"] == number
-    assert (row["source"] is None) is (number is None)
+@pytest.mark.parametrize("recipe", ["deit_tiny_mse", "later_soft_kd_wide", "swin_tiny_last_blocks"])
+def test_a_recipe_without_a_published_number_has_none(recipe, published):
+    assert published(recipe) is None
 
 
-def test_a_published_number_needs_1000_classes(write, table, imagenet):
-    run = write("hundred", [1, 2, 3], *imagenet, *SOFT, *LATER, 300, world_size=2, n_parameters=5543716)
-    row = table(run)["hundred"]
-    assert row["published"] is row["source"] is None
+MATTERS = [
+    "--t-id 22",
+    "--w-fft 0.3",
+    "--mixup 0.8",
+    "--teacher-model cait_xs24_384",
+    "--model-kwargs depth=11",
+    "--lr 1e-3",
+]
+MATTERS += ["--epochs 400", "--batch-size 256", "--feature-loss mse", "--amp-dtype bfloat16", "--data-set CIFAR"]
+NEUTRAL = ["--num_workers 3", "--batch-size 256 --accum-steps 2", "--seed 5", "--no-model-ema", "--device cuda:0"]
 
 
-@pytest.mark.parametrize("model", tables.PUBLISHED["parameters"])
-def test_published_parameter_counts_are_timms(model):
-    assert sum(p.numel() for p in timm.create_model(model).parameters()) == tables.PUBLISHED["parameters"][model]
+@pytest.mark.parametrize("more", [*MATTERS, *NEUTRAL])
+def test_a_published_number_needs_its_own_recipe(more, published):
+    assert published("later_spectral_last", *more.split()) == (None if more in MATTERS else 76.826)
 
 
-def test_common_published_settings_are_the_defaults(imagenet):
-    known = tables.settings(vars(flags.parse_args(imagenet)) | {"world_size": 1})
-    base = tables.PUBLISHED["settings"]["base"]
-    assert {name: known[name] for name in base} == base
+def test_a_published_number_needs_1000_classes(published):
+    assert published("later_soft_kd", n_parameters=5543716) is None
 
 
-def test_the_names_of_arguments_are_flags():
-    known = {action.dest for action in flags.get_args_parser()._actions} | {"global_batch", "like", "top1", "source"}
-    entries = [*tables.PUBLISHED["settings"].values(), *tables.PUBLISHED["results"]]
-    assert set().union(tables.NEUTRAL, tables.FEATURE, tables.TEACHER, *entries) - known == set()
+def test_losses_across_a_batch_depend_on_its_split(published):
+    """Manifold's terms relate the images of a process; 4 processes x 128 is another loss than 8 x 64."""
+    assert published("manifold", "--batch-size", 128, processes=4) is None
+
+
+def test_recipes_are_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs.recipe_settings.cache_clear()
+    assert runs.recipe_settings("lift_mse_only")["epochs"] == 300
+
+
+@pytest.mark.parametrize("model", runs.PUBLISHED["parameters"])
+def test_published_parameter_counts_are_the_models(model):
+    assert sum(p.numel() for p in timm.create_model(model).parameters()) == runs.PUBLISHED["parameters"][model]
+
+
+def test_names_of_arguments_are_flags():
+    assert {*runs.NEUTRAL, *runs.FEATURE, *runs.TEACHER, *runs.NOT_PUBLISHED} - set(runs.DEFAULTS) == {
+        "spectra_every",  # of version 0.1
+        "batch_per_process",
+    }
+
+
+@pytest.fixture
+def download(tmp_path):
+    """Return a folder of logs with the names of the released ones, and their top-1."""
+    top1 = {name: 50 + i for i, name in enumerate(runs.RELEASED)}
+    (tmp_path / "logs").mkdir()
+    for name, best in top1.items():
+        (tmp_path / "logs" / f"{name}.txt").write_text(log_line(runs.RELEASED[name]["epochs"] - 1, best))
+    return tmp_path / "logs", top1
+
+
+def test_released_logs_are_known_by_name(download, table):
+    folder, top1 = download
+    rows = table(folder)
+    assert list(rows) == list(top1)  # in the order of the publication
+    for name, entry in runs.RELEASED.items():
+        shown = [rows[name][key] for key in ("student", "teacher", "method", "epochs", "published", "best", "done")]
+        wanted = [entry[key] for key in ("student", "teacher", "method", "epochs", "best")]
+        assert shown == [*wanted, top1[name], True]
+
+
+def test_published_rows_stand_beside_the_logs(download, write, show):
+    folder, top1 = download
+    output = show(folder, write("mine", [1, 2, 3]), "--published")
+    assert output.err == "mine: not shown, because it repeats no published result\n"
+    rows = cells(output.out)
+    for name, entry in runs.RELEASED.items():
+        assert (rows[name]["best"], rows[name]["measured best"]) == (f"{entry['best']}", f"{top1[name]:.3f}")
+        assert (rows[name]["recipe"], rows[name]["source"]) == (entry["recipe"] or "", entry["source"])
+
+
+def test_all_published_rows_are_shown_without_runs(show):
+    assert "measured" not in show("--published").out
+    rows = json.loads(show("--published", "--json").out)
+    names = ("student", "teacher", "method", "best", "last", "last10", "recipe", "differences", "source")
+    assert [[row[name] for name in names] for row in rows] == [[entry[name] for name in names] for entry in RESULTS]
 
 
 # Logs
@@ -297,7 +387,7 @@ def test_logs_of_the_original_need_no_arguments(tmp_path, show):
     assert rows["soft"]["student"] == "unknown, 5717416 parameters"
     assert rows["soft"]["method"] == "unknown; loss terms base, dist"
     assert rows["run"]["method"] == "unknown; loss terms base, dist, fft"
-    assert rows["run"]["published"] == rows["run"]["over soft KD"] == ""
+    assert "published" not in rows["run"]
 
 
 def test_the_data_set_is_shown_if_it_is_known(tmp_path, write, show):
@@ -362,6 +452,7 @@ def test_markdown_is_aligned_and_shows_spread_and_gain(write, show):
     lines = show(*runs, write("none", [1, 2, 50])).out.splitlines()
     lines = [line for line in lines if line.startswith("|")]
     assert len({len(line) for line in lines}) == 1
+    assert "source" not in lines[0]  # empty columns are left out
     for cell in (r" a\|b_* ", " 60.500 ± 0.707 ", " +10.500 ", " 0, 1 (n = 2) "):
         assert f"|{cell}" in lines[3]
     assert "| best of EMA " in lines[0]
@@ -372,13 +463,10 @@ def test_csv_holds_the_numbers_of_json(write, show):
     runs.append(write("none", [1, 2, 50]))
     rows, records = csv.DictReader(io.StringIO(show("--csv", *runs).out)), json.loads(show("--json", *runs).out)
     for row, record in zip(rows, records, strict=True):
+        del record["varied"]
         flat = {name: " ".join(map(str, v)) if isinstance(v, list) else v for name, v in record.items()}
         assert row == {name: "" if value is None else str(value) for name, value in flat.items()}
     assert records[1]["ema_best"] == 7.5
-
-
-def test_the_ema_has_a_column_only_if_it_was_evaluated(write, show):
-    assert "EMA" not in show(write("run", [1, 2, 3])).out
 
 
 def test_the_plot_has_one_color_per_row(tmp_path, write, show):
