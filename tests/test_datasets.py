@@ -26,22 +26,19 @@ from torchvision.datasets import CIFAR100, ImageFolder
 from torchvision.datasets.folder import default_loader
 
 from datasets import (
-    GRATINGS_SIZES,
     BadImageError,
     BoundedResize,
-    Gratings,
     LastImage,
-    LoaderError,
     Prepare,
     SeededDataset,
     build_dataset,
-    build_loader,
     check_images,
     eval_transform,
     match_classes,
     train_transform,
-    warn_if_shm_is_small,
 )
+from gratings import GRATINGS_SIZES, Gratings
+from loaders import LoaderError, build_loader, warn_if_shm_is_small
 from samplers import RASampler, SeededSampler
 
 
