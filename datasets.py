@@ -189,8 +189,7 @@ def _decode(path):
     """Return the pixels of torchvision's default loader, except that 16-bit and float images are scaled to 8 bits."""
     with Image.open(path) as image:
         image.load()
-        if image.mode.startswith(("I", "F")):
-            image = _to_8_bits(image)
+        image = _to_8_bits(image) if image.mode[0] in "IF" else image
         return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -204,7 +203,7 @@ def _to_8_bits(image):
     low, high = pixels.min(), pixels.max()
     if not np.isfinite([low, high]).all():
         raise ValueError("it has pixels that are not finite")
-    tops = (65535,) if image.mode.startswith("I") else (1, 255)
+    tops = (65535,) if image.mode[0] == "I" else (1, 255)
     top = next((top for top in tops if low >= 0 and high <= top), None)
     if top is None:
         pixels, top = pixels - low, (high - low) or 1

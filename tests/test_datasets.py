@@ -518,6 +518,14 @@ def test_the_part_of_a_panorama_is_that_of_the_whole(size, input_size, monkeypat
     assert (difference > 0).mean() < 1e-3
 
 
+def test_training_takes_a_random_part_of_a_panorama(monkeypatch):
+    monkeypatch.setattr(BoundedResize, "LIMIT", 2**12)
+    image = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(256, 1)).convert("RGB").resize((2, 5120))
+    transform = train_transform(64, simple_crop=True, hflip=0.0)
+    means = [np.asarray(transform(image)).mean() for _ in range(20)]
+    assert max(means) - min(means) > 50
+
+
 @pytest.mark.parametrize("size", [(20_000, 2), (1, 5000)])
 @pytest.mark.parametrize(
     "transform", [eval_transform(224), train_transform(224), train_transform(64, simple_crop=True)]
