@@ -131,7 +131,14 @@ def build_student(args: argparse.Namespace, num_classes: int) -> nn.Module:
         model.set_distilled_training(distills_logits)
     if args.attn_only:
         models.freeze_all_but_attention(model)
+    if args.batch_size == 1 and args.train_mode and not args.eval and has_batch_norm(model):
+        raise UserError(f"--batch-size 1: {args.model} has BatchNorm, which needs several images: give 2 or more")
     return model
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Return whether a model has layers of BatchNorm."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
 
 def ema_options(args: argparse.Namespace, model: nn.Module) -> dict:
@@ -202,8 +209,9 @@ def build_criterion(args: argparse.Namespace, student: nn.Module, teacher) -> lo
 
 @torch.no_grad()
 def check_pairs(args: argparse.Namespace, model: nn.Module, hooks, teacher, device: torch.device) -> None:
-    """Run a black image through both models, and log which maps are matched and what is pooled."""
-    image = torch.zeros(1, 3, args.input_size, args.input_size, device=device)
+    """Run an image of noise through both models, check their maps, and log which are matched and what is pooled."""
+    size = (1, 3, args.input_size, args.input_size)
+    image = torch.rand(size, generator=torch.Generator().manual_seed(0)).to(device)
     with forward_errors(args.model, args.input_size):
         model.eval()(image)
         student_maps = hooks.pop()
@@ -211,6 +219,9 @@ def check_pairs(args: argparse.Namespace, model: nn.Module, hooks, teacher, devi
         return
     with forward_errors(args.teacher_model, args.input_size):
         _, teacher_maps = teacher(image)
+    for flag, network, ids in (("--s-id", model, hooks.ids), ("--t-id", teacher.model, teacher.hooks.ids)):
+        with as_user_error(f"{flag}: ", ValueError):
+            spectral.check_raster_order(network, image, ids)
     blocks = (spectral.describe_blocks(model), spectral.describe_blocks(teacher.model)) if hooks.ids else ()
     for i, j, s, t in zip(hooks.ids, teacher.hooks.ids, student_maps, teacher_maps, strict=True):
         common = spectral.align(s, t)[0].shape
@@ -248,7 +259,7 @@ def wrap_model(args: argparse.Namespace, model: nn.Module, criterion, device: to
     if world_size() == 1:
         return wrapped
     options = {"device_ids": [device] if device.type == "cuda" else None, "gradient_as_bucket_view": True}
-    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+    if not has_batch_norm(model):
         # Other buffers, such as Swin's, are constants: no need to send rank 0's before every forward.
         renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # torch 2.14
         options["forward_sync_buffers" if renamed else "broadcast_buffers"] = False
