@@ -521,18 +521,8 @@ def build_student(args, num_classes):
         # The distillation head takes part only where there are teacher logits to learn.
         model.set_distilled_training(args.distillation_type in ("soft", "hard"))
     if args.attn_only:
-        freeze_all_but_attention(model)
+        models.freeze_all_but_attention(model)
     return model
-
-
-def freeze_all_but_attention(model):
-    """DeiT III's fine-tuning (arXiv 2203.09795): attention, position embedding and heads are trained, nothing else."""
-    heads = model.pretrained_cfg["classifier"]
-    heads = (heads,) if isinstance(heads, str) else heads
-    if not any(".attn." in name for name, _ in model.named_parameters()):
-        raise utils.UserError(f"--attn-only: {model.pretrained_cfg['architecture']} has no attention blocks")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad = ".attn." in name or name == "pos_embed" or name.startswith(tuple(heads))
 
 
 def build_teacher(args, num_classes, device, student):
@@ -557,15 +547,10 @@ def build_teacher(args, num_classes, device, student):
     if args.teacher_path:
         with utils.as_user_error(f"--teacher-path {args.teacher_path}: ", utils.UserError):
             models.load_weights(model, utils.extract_weights(utils.load_checkpoint(args.teacher_path)))
-    scale, shift = losses.renormalisation(normalisation(student), normalisation(model), device)
+    scale, shift = losses.renormalisation(models.normalization(student), models.normalization(model), device)
     with utils.as_user_error("--t-id: ", ValueError):
         model = attention.speed_up(model.to(device))
         return losses.FrozenTeacher(model, feature_ids(args)[1], scale, shift)
-
-
-def normalisation(model):
-    """(mean, std) of the images that a model was made for, as timm knows them."""
-    return tuple(model.pretrained_cfg["mean"]), tuple(model.pretrained_cfg["std"])
 
 
 def feature_ids(args):
@@ -1016,7 +1001,7 @@ def main(args):
     # Student, alike on all processes; its moving average is a copy made before the hooks, and both before the wrappers
     utils.seed_everything(args.seed)
     model = build_student(args, num_classes).to(device)
-    prepare = datasets.Prepare(*normalisation(model), args.reprob, args.remode, args.recount, device)
+    prepare = datasets.Prepare(*models.normalization(model), args.reprob, args.remode, args.recount, device)
     scoring = {"device": device, "prepare": prepare, "amp_dtype": amp_dtype, "sharded": args.dist_eval}
     if args.eval:
         return score(args, model, loader_val, scoring, checkpoint)

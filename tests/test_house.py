@@ -16,7 +16,8 @@ MAY_IMPORT = {
     "spectral": set(),
     "datasets": set(),
     "samplers": set(),
-    "models": {"utils"},
+    "models": {"weights", "utils"},
+    "weights": {"utils"},
     "attention": set(),
     "utils": set(),
     "tables": set(),
@@ -25,7 +26,7 @@ MAY_IMPORT = {
 # What only some may import of others'.
 OTHERS = {
     "torch": set(MAY_IMPORT) - {"tables"},
-    "timm": {"main", "models", "attention", "datasets"},
+    "timm": {"main", "models", "weights", "attention", "datasets"},
     "torchvision": {"datasets"},
 }
 

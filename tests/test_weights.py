@@ -1,0 +1,136 @@
+"""Weights of every layout load into the model they are for; others are refused in one line."""
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from families import FAMILIES, VIT, assert_same_function, build, images
+
+import models
+import utils
+from weights import head_names, load_weights
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_weights_of_a_model_fit_its_twin(name):
+    source, model = build(name), build(name, seed=1)
+    assert not load_weights(model, source.state_dict())
+    assert_same_function(model, source)
+
+
+# Layouts of the authors' own files
+
+
+def swin_layout(key):
+    """Their stages end with the downsampling that timm's begin with, and their head is no module of its own."""
+    key = re.sub(r"layers\.(\d)\.downsample", lambda found: f"layers.{int(found[1]) - 1}.downsample", key)
+    return key.replace("head.fc.", "head.")
+
+
+def deit3_layout(key):
+    return re.sub(r"ls([12])\.gamma", r"gamma_\1", key)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "theirs"),
+    [
+        ("swin_tiny_patch4_window7_224", swin_layout, "layers.0.downsample.reduction.weight"),
+        ("deit3_small_patch16_224", deit3_layout, "blocks.0.gamma_1"),
+    ],
+)
+def test_files_of_the_authors_load(name, layout, theirs):
+    source, model = build(name), build(name, seed=1)
+    weights = {layout(key): value for key, value in source.state_dict().items()}
+    if name.startswith("swin"):
+        weights["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(4, 4, dtype=torch.int64)
+    assert theirs in weights
+    load_weights(model, weights)
+    assert_same_function(model, source)
+
+
+# Other image sizes
+
+
+def grow(embedding, prefix, side):
+    """Position embeddings (1, N, C) on a side x side grid: bicubic for the patches, unchanged for the prefix."""
+    start, grid = embedding[:, :prefix], embedding[:, prefix:]
+    grid = grid.unflatten(1, (int(grid.shape[1] ** 0.5), -1)).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(side, side), mode="bicubic", antialias=True)
+    return torch.cat([start, grid.flatten(2).transpose(1, 2)], dim=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"),
+    [
+        ("deit_tiny_patch16_224", 1),
+        ("deit_tiny_distilled_patch16_224", 2),
+        ("deit3_small_patch16_224", 0),
+        ("cait_s24_224", 0),
+    ],
+)
+@pytest.mark.parametrize(("old", "new"), [(64, 96), (96, 64)])
+@torch.no_grad()
+def test_position_embeddings_are_resampled(name, prefix, old, new):
+    source, model = build(name, input_size=old), build(name, seed=1, input_size=new)
+    load_weights(model, source.state_dict())
+    expected = source.state_dict() | {"pos_embed": grow(source.pos_embed, prefix, new // 16)}
+    torch.testing.assert_close(model.state_dict(), expected, rtol=1e-5, atol=1e-6)
+    assert model(images(new)).shape == (2, 5)
+
+
+@torch.no_grad()
+def test_pretrained_weights_are_resampled(tmp_path):
+    source = build("cait_s24_224", input_size=224)
+    torch.save(source.state_dict(), tmp_path / "hub.pth")
+    kwargs = {**VIT, "pretrained_cfg_overlay": {"file": str(tmp_path / "hub.pth"), "num_classes": 5}}
+    model = models.build_model("cait_s24_224", 5, input_size=64, kwargs=kwargs, pretrained=True)
+    torch.testing.assert_close(model.pos_embed, grow(source.pos_embed, 0, 4), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model.head.weight, source.head.weight, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_relative_positions_of_swin_are_resampled():
+    source = build("swin_tiny_patch4_window7_224")
+    model = build("swin_tiny_patch4_window7_224", seed=1, input_size=96, window_size=3)
+    load_weights(model, source.state_dict())
+    small, large = (m.layers[0].blocks[0].attn.relative_position_bias_table for m in (source, model))
+    assert (len(small), len(large)) == (9, 25)
+    # center and corners of the table of offsets keep their place
+    torch.testing.assert_close(large.view(5, 5)[2, 2], small.view(3, 3)[1, 1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(large.view(5, 5)[0, 4], small.view(3, 3)[0, 2], rtol=1e-4, atol=1e-5)
+    assert model(images(96)).shape == (2, 5)
+
+
+# Heads
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_head_of_another_class_count_is_refused(name):
+    """The original silently puts a fresh head into the teacher."""
+    with pytest.raises(utils.UserError, match=rf"do not fit {name}: its head has 7 classes, 5 are needed"):
+        load_weights(build(name, 5), build(name, 7, seed=1).state_dict())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_fine_tuning_keeps_the_models_own_head(name):
+    source, model = build(name, 7), build(name, 5, seed=1)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    assert load_weights(model, source.state_dict(), replace_head=True) == 7
+    heads = tuple(f"{head}." for head in head_names(model))
+    for key, value in model.state_dict().items():
+        wanted = before if key.startswith(heads) else source.state_dict()
+        torch.testing.assert_close(value, wanted[key], rtol=0, atol=0, msg=key)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [("vit_tiny_patch16_224", "have other shapes"), ("cait_s24_224", ""), ("resnet18", "missing")],
+)
+def test_weights_of_another_model_are_refused_in_one_line(source, message):
+    weights = build(source, **({"embed_dim": 48} if source.startswith("vit") else {})).state_dict()
+    with pytest.raises(utils.UserError, match=f"^the weights do not fit deit_tiny_patch16_224: .*{message}.*$"):
+        load_weights(build("deit_tiny_patch16_224"), weights)
