@@ -185,7 +185,7 @@ def build_model(subject, args):
         pretrained = subject.source == "timm"
         model = models.build_model(subject.model, None, input_size=size, kwargs=subject.kwargs, pretrained=pretrained)
         if subject.weights is not None:  # blocks do not depend on the head, so any class count will do
-            models.load_weights(model, subject.weights, replace_head=True)
+            models.load_weights(model, subject.weights, head="fresh")
     return model.eval(), size or model.pretrained_cfg["input_size"][-1]
 
 

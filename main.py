@@ -512,9 +512,9 @@ def build_student(args, num_classes):
     if args.finetune:
         with utils.as_user_error(f"--finetune {args.finetune}: ", utils.UserError):
             weights = utils.extract_weights(utils.load_checkpoint(args.finetune), ema=args.eval and args.eval_ema)
-            replaced = models.load_weights(model, weights, replace_head=not args.eval)
-        if replaced:
-            utils.say(f"--finetune: the file's head has {replaced} classes, not {num_classes}; a fresh head is trained")
+            note = models.load_weights(model, weights, head="own" if args.eval else "fresh")
+        if note:
+            utils.say(f"--finetune: {note}")
     if hasattr(model, "set_distilled_training"):
         if not args.train_mode and args.distillation_type in ("soft", "hard"):
             raise utils.UserError(f"--no-train-mode keeps the heads of {args.model} from learning apart: leave it out")

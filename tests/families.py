@@ -17,6 +17,8 @@ FAMILIES = {
         "depths": (1, 1, 1, 1),
         "num_heads": (1, 2, 3, 4),
     },
+    "hiera_tiny_224": {"embed_dim": 16, "stages": (1, 1, 1, 1)},
+    "levit_128s": {"embed_dim": (16, 16, 16), "num_heads": (1, 1, 1), "depth": (1, 1, 1), "key_dim": 8},
     "resnet18": {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16)},
     "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)},
     "regnety_160": {"w0": 16, "wa": 16, "wm": 2, "group_size": 8, "depth": 8},

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import FAMILIES, VIT, assert_same_function, build, images
+from timm.models.volo import VOLO
 
 import models
 import utils
@@ -90,6 +91,30 @@ def test_pretrained_weights_are_resampled(tmp_path):
 
 
 @torch.no_grad()
+def test_position_embeddings_of_hiera_are_resampled():
+    source, model = build("hiera_tiny_224"), build("hiera_tiny_224", seed=1, input_size=96)
+    load_weights(model, source.state_dict())
+    torch.testing.assert_close(model.pos_embed, grow(source.pos_embed, 0, 24), rtol=1e-5, atol=1e-6)
+    assert model(images(96)).shape == (2, 5)
+
+
+@torch.no_grad()
+def test_position_embeddings_of_volo_are_resampled():
+    """They are a map (1, H, W, C)."""
+
+    def tiny_volo(size):
+        model = VOLO((1, 1, 1, 1), size, num_classes=5, embed_dims=(8, 16, 16, 16), num_heads=(1, 1, 1, 1)).eval()
+        model.pretrained_cfg = {"architecture": "volo", "classifier": ("head", "aux_head")}
+        return model
+
+    source, model = tiny_volo(64), tiny_volo(96)
+    load_weights(model, source.state_dict())
+    expected = grow(source.pos_embed.flatten(1, 2), 0, 6).view(1, 6, 6, 16)
+    torch.testing.assert_close(model.pos_embed, expected, rtol=1e-5, atol=1e-6)
+    assert model(images(96)).shape == (2, 5)
+
+
+@torch.no_grad()
 def test_relative_positions_of_swin_are_resampled():
     source = build("swin_tiny_patch4_window7_224")
     model = build("swin_tiny_patch4_window7_224", seed=1, input_size=96, window_size=3)
@@ -116,11 +141,62 @@ def test_a_head_of_another_class_count_is_refused(name):
 def test_fine_tuning_keeps_the_models_own_head(name):
     source, model = build(name, 7), build(name, 5, seed=1)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    assert load_weights(model, source.state_dict(), replace_head=True) == 7
+    note = load_weights(model, source.state_dict(), head="fresh")
+    assert note == "the file's head has 7 classes, not 5; a fresh head is trained"
     heads = tuple(f"{head}." for head in head_names(model))
     for key, value in model.state_dict().items():
         wanted = before if key.startswith(heads) else source.state_dict()
         torch.testing.assert_close(value, wanted[key], rtol=0, atol=0, msg=key)
+
+
+def test_a_second_head_that_timm_does_not_name_is_replaced():
+    source, model = build("levit_128s", 7), build("levit_128s", 5, seed=1)
+    model.pretrained_cfg["classifier"] = "head.linear"
+    before = model.head_dist.linear.weight.clone()
+    load_weights(model, source.state_dict(), head="fresh")
+    torch.testing.assert_close(model.head_dist.linear.weight, before, rtol=0, atol=0)
+
+
+# Backbones without a head
+
+
+def mae_file(source):
+    """Return what a MAE file holds: no head, but a decoder and a mask token."""
+    weights = {key: value for key, value in source.state_dict().items() if not key.startswith("head")}
+    extra = ("mask_token", "decoder_pos_embed", "decoder_blocks.0.norm1.weight", "decoder_blocks.0.norm1.bias")
+    return weights | {key: torch.ones(1, 1, 8) for key in extra}
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_a_self_supervised_backbone_gets_a_fresh_head(pool):
+    """With average pooling the norm moves behind it, so that MAE's own norm has no place in the model."""
+    source = build("vit_tiny_patch16_224", global_pool="token")
+    model = build("vit_tiny_patch16_224", seed=1, global_pool=pool)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    note = load_weights(model, mae_file(source), head="fresh")
+    unused = "decoder_blocks, decoder_pos_embed, mask_token" + (", norm" if pool == "avg" else "")
+    assert note == f"the file has no head; a fresh head is trained; left out of the file: {unused}"
+    for key, value in model.state_dict().items():
+        wanted = before if key.startswith(("head.", "fc_norm.")) else source.state_dict()
+        torch.testing.assert_close(value, wanted[key], rtol=0, atol=0, msg=key)
+
+
+def test_a_model_without_a_head_takes_a_file_with_one():
+    source = build("vit_tiny_patch16_224")
+    model = build("vit_tiny_patch16_224", 0, seed=1)
+    assert load_weights(model, source.state_dict(), head="fresh") == "left out of the file: head"
+    torch.testing.assert_close(model(images()), source.forward_head(source.forward_features(images()), pre_logits=True))
+
+
+@pytest.mark.parametrize("kwargs", [{"depth": 3}, {"depth": 1}])
+def test_fine_tuning_leaves_out_no_block(kwargs):
+    with pytest.raises(utils.UserError, match=r"missing \['blocks|not expected \['blocks"):
+        load_weights(build("vit_tiny_patch16_224"), build("vit_tiny_patch16_224", **kwargs).state_dict(), head="fresh")
+
+
+def test_a_missing_head_is_refused_where_it_is_needed():
+    with pytest.raises(utils.UserError, match=r"missing \['head.weight', 'head.bias'\]"):
+        load_weights(build("vit_tiny_patch16_224"), build("vit_tiny_patch16_224", 0).state_dict())
 
 
 # Refusals
@@ -134,3 +210,16 @@ def test_weights_of_another_model_are_refused_in_one_line(source, message):
     weights = build(source, **({"embed_dim": 48} if source.startswith("vit") else {})).state_dict()
     with pytest.raises(utils.UserError, match=f"^the weights do not fit deit_tiny_patch16_224: .*{message}.*$"):
         load_weights(build("deit_tiny_patch16_224"), weights)
+
+
+@pytest.mark.parametrize("head", ["own", "fresh"])
+@pytest.mark.parametrize(
+    ("name", "found", "message"),
+    [
+        ("deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "the file is of a distilled DeiT .* is plain"),
+        ("deit_tiny_distilled_patch16_224", "deit_tiny_patch16_224", "the file is of a plain DeiT .* is distilled"),
+    ],
+)
+def test_plain_and_distilled_deit_are_told_apart(name, found, message, head):
+    with pytest.raises(utils.UserError, match=message):
+        load_weights(build(name), build(found).state_dict(), head=head)
