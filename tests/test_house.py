@@ -16,7 +16,8 @@ MAY_IMPORT = {
     "spectral": set(),
     "datasets": set(),
     "samplers": set(),
-    "models": {"weights", "utils"},
+    "models": {"model_names", "weights", "utils"},
+    "model_names": {"utils"},
     "weights": {"utils"},
     "attention": set(),
     "utils": set(),
@@ -26,7 +27,7 @@ MAY_IMPORT = {
 # What only some may import of others'.
 OTHERS = {
     "torch": set(MAY_IMPORT) - {"tables"},
-    "timm": {"main", "models", "weights", "attention", "datasets"},
+    "timm": {"main", "models", "model_names", "weights", "attention", "datasets"},
     "torchvision": {"datasets"},
 }
 
