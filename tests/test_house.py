@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "models": {"model_names", "weights", "utils"},
     "model_names": {"utils"},
     "weights": {"utils"},
+    "export": {"utils"},
     "attention": set(),
     "utils": set(),
     "tables": set(),
@@ -27,7 +28,7 @@ MAY_IMPORT = {
 # What only some may import of others'.
 OTHERS = {
     "torch": set(MAY_IMPORT) - {"tables"},
-    "timm": {"main", "models", "model_names", "weights", "attention", "datasets"},
+    "timm": {"main", "models", "model_names", "weights", "export", "attention", "datasets"},
     "torchvision": {"datasets"},
 }
 
