@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "model_names": {"utils"},
     "weights": {"utils"},
     "export": {"utils"},
+    "checkpoint_loading_draft": {"utils"},
     "attention": set(),
     "utils": set(),
     "tables": set(),
@@ -28,7 +29,7 @@ MAY_IMPORT = {
 # What only some may import of others'.
 OTHERS = {
     "torch": set(MAY_IMPORT) - {"tables"},
-    "timm": {"main", "models", "model_names", "weights", "export", "attention", "datasets"},
+    "timm": {"main", "models", "model_names", "weights", "export", "checkpoint_loading_draft", "attention", "datasets"},
     "torchvision": {"datasets"},
 }
 
