@@ -1,142 +1,159 @@
-"""Builds timm models, and loads weights of any of timm's families into them."""
+"""Build timm models and describe what training needs to know about them."""
 
-import difflib
-import math
-import re
-import sys
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import timm
-from timm.layers import resample_abs_pos_embed
+import torch
+from timm.models import PretrainedCfg
+from torch import Tensor, nn
 
-import students  # noqa: F401 registers its models with timm
 import utils
+from model_names import check_name, class_names, pretrained_config, split_name
+from weights import head_names, load_weights
+
+__all__ = [
+    "build_model",
+    "build_teacher",
+    "check_name",
+    "class_names",
+    "freeze_all_but_attention",
+    "has_batch_norm",
+    "load_weights",
+    "normalization",
+]
 
 
-def check_name(name):
-    """Raises a utils.UserError where timm has no model, or no weights, of this name, and names the nearest models."""
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
-        raise utils.UserError(f"timm has no model {name}: try {' or '.join(near) or 'one of timm.list_models()'}")
-    with utils.as_user_error("", RuntimeError):
-        timm.models.get_pretrained_cfg(name)  # complains of weights that it does not have
-
-
-def build_model(name, num_classes, *, input_size=224, kwargs=None, pretrained=False, drop=0.0, drop_path=0.0):
-    """Builds a timm model.
+def build_model(
+    name: str,
+    num_classes: int | None,
+    *,
+    input_size: int | None = 224,
+    kwargs: Mapping[str, Any] | None = None,
+    pretrained: bool = False,
+    drop: float = 0.0,
+    drop_path: float = 0.0,
+) -> nn.Module:
+    """Build a timm model with a `pretrained_cfg`.
 
     Args:
-        name: timm's name, with or without a tag of weights.
-        num_classes: classes of the head.
-        input_size: side of the images; passed on to families whose size is fixed when they are built.
-        kwargs: further arguments for timm, such as {"embed_dim": 24}.
-        pretrained: with timm's own weights, from its cache or downloaded.
-        drop, drop_path: probabilities of dropout and stochastic depth.
+        name: timm's name, with or without a pretrained tag, or one with a source (`check_name`).
+        num_classes: Classes of the head; 0 for no head, None for timm's default.
+        input_size: Side of the images in pixels, passed on to families whose input size is fixed.
+        kwargs: Further arguments for timm, such as {"embed_dim": 24}.
+        pretrained: Load timm's own weights, from its cache or downloaded.
+        drop: Dropout probability.
+        drop_path: Stochastic depth probability.
 
     Raises:
-        utils.UserError: timm has no such model or argument, or cannot get its weights.
+        UserError: timm has no such model or argument, cannot get its weights, or the model gives no logits.
     """
     check_name(name)
+    config = pretrained_config(name)
     options = {"drop_rate": drop, "drop_path_rate": drop_path, **(kwargs or {})}
-    fixed_size = timm.models.get_pretrained_cfg_value(name, "fixed_input_size")
-    if fixed_size:
-        options.setdefault("img_size", input_size)
-    if (
-        pretrained
-        and fixed_size
-        and options["img_size"] != timm.models.get_pretrained_cfg_value(name, "input_size")[-1]
-    ):
-        # timm itself resamples position embeddings for some families only.
-        weights = _create(name, num_classes, True, {k: v for k, v in options.items() if k != "img_size"}).state_dict()
-        model = _create(name, num_classes, False, options)
-        load_weights(model, weights)
-        return model
-    return _create(name, num_classes, pretrained, options)
+    if not config.get("fixed_input_size"):
+        return _create(name, num_classes, pretrained, options)
+    options.setdefault("img_size", input_size)
+    if not pretrained or options["img_size"] in (None, config["input_size"][-1]):
+        return _create(name, num_classes, pretrained, options)
+    # timm resamples the position embeddings of pretrained weights for some families only.
+    model = _create(name, num_classes, False, options)
+    del options["img_size"]
+    load_weights(model, _create(name, num_classes, True, options).state_dict())
+    return model
 
 
-def _create(name, num_classes, pretrained, options):
+def _create(name: str, num_classes: int | None, pretrained: bool, options: Mapping[str, Any]) -> nn.Module:
+    source, identifier = split_name(name)
+    timm_name = f"{source}:{identifier}" if source else identifier
+    options = dict(options)
     with utils.as_user_error(f"timm cannot build {name}: ", Exception):
+        if options.get("features_only"):
+            raise ValueError("features_only gives feature maps, but logits are needed: leave it out")
         while True:
             try:
-                return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **options)
-            except TypeError as error:  # a family without dropout or stochastic depth: fine where they are zero
-                unknown = re.search(r"unexpected keyword argument '(drop_rate|drop_path_rate)'", str(error))
-                if not unknown or options.pop(unknown[1], 1) != 0:
+                model = timm.create_model(timm_name, pretrained=pretrained, num_classes=num_classes, **options)
+                break
+            except TypeError as error:  # only building shows that a family has no dropout or no stochastic depth
+                unknown = [
+                    key for key in ("drop_rate", "drop_path_rate") if key in str(error) and options.get(key) == 0
+                ]
+                if not unknown:
                     raise
+                for key in unknown:
+                    del options[key]
+        if num_classes and _gives_map(model):
+            raise ValueError("without global_pool it gives a map, but logits are needed: name a pooling, such as avg")
+    if not getattr(model, "pretrained_cfg", None):  # registered by the user, as timm.models.register_model allows
+        layers = [key for key, m in model.named_modules() if isinstance(m, nn.Linear) and m.out_features == num_classes]
+        classifier = layers[-1] if layers else None
+        model.pretrained_cfg = PretrainedCfg(architecture=identifier, classifier=classifier).to_dict()
+    return model
 
 
-def load_weights(model, weights, *, replace_head=False):
-    """Loads a state dict of the model's family, in timm's layout or an older one that timm knows.
+def _gives_map(model: nn.Module) -> bool:
+    """Return whether the model does not pool, so that its output is a map and not logits (B, classes)."""
+    pools = [getattr(part, "global_pool", None) for part in (getattr(model, "head", None), model)]
+    return "" in [getattr(pool, "pool_type", pool) for pool in pools]
 
-    Position embeddings and relative position tables are resampled to the model's grid.
+
+def build_teacher(
+    name: str,
+    num_classes: int,
+    *,
+    input_size: int,
+    kwargs: Mapping[str, Any] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+    head: Literal["own", "fresh"] = "own",
+) -> tuple[nn.Module, int]:
+    """Build a model in eval mode for images of a size if its family allows, else for images of its own size.
 
     Args:
-        model: a timm model.
-        weights: tensors by name.
-        replace_head: keep the model's own head where the file's is for another number of classes.
+        name: As in `build_model`, as are `num_classes` and `kwargs`.
+        input_size: Side of the images in pixels.
+        weights: A state dict; None for timm's own weights.
+        head: As in `load_weights`.
 
     Returns:
-        The class count of a head that was not loaded, or None.
+        The model and the side of the images that it takes. Images of another size must be resized to it.
 
     Raises:
-        utils.UserError: the weights do not fit.
+        UserError: The model cannot be built for either size.
     """
-    own = model.state_dict()
-    with utils.as_user_error(f"the weights do not fit {model.pretrained_cfg['architecture']}: ", Exception):
-        # Each family of timm names the function that brings older files and other image sizes to its own layout so.
-        family_filter = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-        weights = dict(family_filter(dict(weights), model) if family_filter else weights)
-        # DeiT III's own name of the layer scale; its filter goes by a flag of timm's that only its hub files set.
-        renamed = {key: re.sub(r"\.gamma_([12])$", r".ls\1.gamma", key) for key in weights.keys() - own.keys()}
-        weights = {renamed.get(key, key): value for key, value in weights.items()}
-        _resample_position_embedding(weights, own, model)
-        replaced = _check_heads(weights, own, model, replace_head)
-        other = [key for key in weights if key in own and weights[key].shape != own[key].shape]
-        if other:
-            shapes = f"{other[0]} has {list(weights[other[0]].shape)}, not {list(own[other[0]].shape)}"
-            raise ValueError(
-                f"{len(other)} tensors have other shapes ({shapes}): is it of another model or its arguments?"
-            )
-        result = model.load_state_dict(weights, strict=False)
-        if result.missing_keys or result.unexpected_keys:
-            raise ValueError(f"missing {result.missing_keys[:3]}, not expected {result.unexpected_keys[:3]}")
-    return replaced
+    fixed_size = (kwargs or {}).get("img_size")
+    own_size = pretrained_config(name).get("input_size", (3, input_size))[-1]
+    errors = []
+    for size in [fixed_size] if fixed_size else dict.fromkeys((input_size, own_size)):
+        try:
+            model = build_model(name, num_classes, input_size=size, kwargs=kwargs, pretrained=weights is None).eval()
+            if weights is not None:
+                load_weights(model, weights, head=head)
+            with torch.no_grad(), utils.as_user_error(f"{name} takes no images of {size} pixels: ", Exception):
+                model(torch.zeros(1, 3, size, size))
+            return model, size
+        except utils.UserError as error:
+            errors.append(error)
+    raise errors[0]
 
 
-def _resample_position_embedding(weights, own, model):
-    """For families whose filter does not do it (CaiT)."""
-    embedding = weights.get("pos_embed")
-    if embedding is None or "pos_embed" not in own or embedding.shape[1] == own["pos_embed"].shape[1]:
-        return
-    prefix = embedding.shape[1] - math.isqrt(embedding.shape[1]) ** 2
-    weights["pos_embed"] = resample_abs_pos_embed(
-        embedding, list(model.patch_embed.grid_size), num_prefix_tokens=prefix
-    )
-
-
-def _check_heads(weights, own, model, replace_head):
-    heads = model.pretrained_cfg["classifier"]
-    replaced = None
-    for head in (heads,) if isinstance(heads, str) else heads:
-        found = weights.get(f"{head}.weight")
-        if found is None or f"{head}.weight" not in own or len(found) == len(own[f"{head}.weight"]):
-            continue
-        if not replace_head:
-            raise ValueError(f"its head has {len(found)} classes, {len(own[f'{head}.weight'])} are needed")
-        replaced = len(found)
-        weights.update({key: own[key] for key in (f"{head}.weight", f"{head}.bias")})
-    return replaced
-
-
-def normalization(model):
-    """Return (mean, std) of the images that a model was made for, as timm knows them."""
+def normalization(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return (mean, std) of the model's input images, three floats each, on the scale 0..1."""
     return tuple(model.pretrained_cfg["mean"]), tuple(model.pretrained_cfg["std"])
 
 
-def freeze_all_but_attention(model):
-    """Train attention, position embedding and heads only, as DeiT III fine-tunes (arXiv 2203.09795)."""
-    heads = model.pretrained_cfg["classifier"]
-    heads = (heads,) if isinstance(heads, str) else heads
+def has_batch_norm(model: nn.Module) -> bool:
+    """Return whether a model normalizes over the batch, which cannot be trained with one image."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
+def freeze_all_but_attention(model: nn.Module) -> None:
+    """Train attention, position embedding and heads only, DeiT III's fine-tuning (arXiv 2203.09795).
+
+    Raises:
+        UserError: The model has no attention blocks.
+    """
+    trained = ("pos_embed", *(f"{head}." for head in head_names(model)))
     if not any(".attn." in name for name, _ in model.named_parameters()):
         raise utils.UserError(f"--attn-only: {model.pretrained_cfg['architecture']} has no attention blocks")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = ".attn." in name or name == "pos_embed" or name.startswith(tuple(heads))
+        parameter.requires_grad = ".attn." in name or name.startswith(trained)

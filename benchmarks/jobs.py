@@ -91,7 +91,7 @@ def fast_job(args, *more):
         meter=main.new_meter(),
         epoch=0,
         device=device,
-        prepare=datasets.Prepare(*main.normalisation(model), own.reprob, own.remode, own.recount, device),
+        prepare=datasets.Prepare(*main.models.normalization(model), own.reprob, own.remode, own.recount, device),
         seed_step=lambda *where: utils.seed_everything(samplers.counter_seed(own.seed, utils.rank(), *where)),
         should_stop=utils.StopRequest(),
         amp_dtype=amp_dtype,

@@ -16,7 +16,11 @@ MAY_IMPORT = {
     "spectral": set(),
     "datasets": set(),
     "samplers": set(),
-    "models": {"utils"},
+    "models": {"model_names", "weights", "utils"},
+    "model_names": {"utils"},
+    "weights": {"utils"},
+    "export": {"utils"},
+    "checkpoint_loading_draft": {"utils"},
     "attention": set(),
     "utils": set(),
     "tables": set(),
@@ -25,7 +29,7 @@ MAY_IMPORT = {
 # What only some may import of others'.
 OTHERS = {
     "torch": set(MAY_IMPORT) - {"tables"},
-    "timm": {"main", "models", "attention", "datasets"},
+    "timm": {"main", "models", "model_names", "weights", "export", "checkpoint_loading_draft", "attention", "datasets"},
     "torchvision": {"datasets"},
 }
 
