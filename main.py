@@ -559,7 +559,7 @@ def build_teacher(args, num_classes, device, student):
             models.load_weights(model, utils.extract_weights(utils.load_checkpoint(args.teacher_path)))
     scale, shift = losses.renormalisation(normalisation(student), normalisation(model), device)
     with utils.as_user_error("--t-id: ", ValueError):
-        model = attention.fast_attention(model.to(device))
+        model = attention.speed_up(model.to(device))
         return losses.FrozenTeacher(model, feature_ids(args)[1], scale, shift)
 
 

@@ -104,6 +104,40 @@ def test_the_gradient_of_the_closed_form_is_asked_for_once():
         loss.backward()
 
 
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("cait_s24_224", {"img_size": 64, "embed_dim": 48, "depth": 3, "num_heads": 4}),
+        (
+            "swin_tiny_patch4_window7_224",
+            {"img_size": 64, "window_size": 4, "embed_dim": 12, "depths": (2, 1, 1, 1), "num_heads": (1, 2, 3, 4)},
+        ),
+    ],
+)
+@torch.no_grad()
+def test_the_attention_of_a_teacher_gives_the_numbers_of_timm_under_the_same_names(name, kwargs):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5, **kwargs).eval()
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    images = torch.randn(3, 3, 64, 64)
+    expected, weights = model(images), {key: value.clone() for key, value in model.state_dict().items()}
+    kinds = [type(module) for module in model.modules()]
+    fused = [getattr(module, "fused_attn", None) for module in model.modules()]
+    attention.speed_up(model)
+    changed = [type(module) for module in model.modules()] != kinds
+    assert changed or [getattr(module, "fused_attn", None) for module in model.modules()] != fused
+    torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.state_dict(), weights, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_other_models_are_left_alone():
+    model = timm.create_model("deit_tiny_patch16_224", img_size=32, embed_dim=24, depth=2, num_heads=3)
+    before = [type(module) for module in model.modules()]
+    assert [type(module) for module in attention.speed_up(model).modules()] == before
+
+
 def test_twenty_steps_by_the_closed_form_have_the_terms_of_the_transform(teacher_file, tmp_path):
     """Terms averaged over each epoch of 4 x 5 steps; rounding of float32, which training makes larger."""
     terms = {}
@@ -252,7 +286,7 @@ def test_twenty_steps_have_the_terms_of_the_plain_formulation():
     batches = [(torch.randn(4, 3, 64, 64), torch.randint(5, (4,))) for _ in range(20)]
     ways = {
         "plain": (plain_formulation().spectral_loss, copy.deepcopy(teacher), terms_by_hand),
-        "fast": (spectral.closed_spectral_loss, attention.fast_attention(copy.deepcopy(teacher)), terms_by_engine),
+        "fast": (spectral.closed_spectral_loss, attention.speed_up(copy.deepcopy(teacher)), terms_by_engine),
     }
     terms = {}
     for name, (feature_loss, frozen, train) in ways.items():
