@@ -1,7 +1,7 @@
 """Faster attention for frozen teachers, equal to timm's within rounding.
 
-CaiT has talking heads (arXiv 2003.02436), which timm mixes by Linear layers over permuted (B, N, N, heads) copies of
-the attention maps: most of what such a block spends outside its large matrix products.
+CaiT has talking heads (arXiv 2003.02436). timm mixes them by Linear layers over permuted (B, N, N, heads) copies of the
+attention maps, which takes most of what such a block spends outside its large matrix products.
 """
 
 import torch
@@ -9,56 +9,93 @@ from timm.models.cait import TalkingHeadAttn
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
+from utils import UserError
+
+TEACHER_ATTENTION = ("auto", "timm", "eager", "triton")
+
 
 class TalkingHeads(nn.Module):
-    """A drop-in for timm's TalkingHeadAttn in evaluation: the same parameters under the same names, no dropout.
+    """Drop-in replacement for timm's TalkingHeadAttn in evaluation: same parameters and names, no dropout.
 
-    Mixing heads is a matrix product with the (heads, heads) weights on maps (heads, N * N) as they lie. The bias of
-    the mix before the softmax is the same for all keys, so the softmax cancels it.
+    With A = q k^T, timm computes (W softmax(L scale A + l) + w) v, where L and W mix the heads. Here `scale` is folded
+    into L, the softmax cancels l, which is the same for all keys, and w v is w times the sum of v over the keys, so it
+    is added to the product. Under autocast the maps stay in half precision; the softmax computes in float32 inside and
+    rounds once, as computing it in float32 and casting the result does.
 
     Args:
         attention: timm's module, whose layers are shared.
+        kernel: `kernels.mix_softmax_mix`, used for half-precision maps on CUDA; None for PyTorch's operators.
     """
 
-    def __init__(self, attention: TalkingHeadAttn):
+    def __init__(self, attention: TalkingHeadAttn, kernel=None):
         super().__init__()
         self.num_heads, self.scale = attention.num_heads, attention.scale
         self.qkv, self.proj = attention.qkv, attention.proj
         self.proj_l, self.proj_w = attention.proj_l, attention.proj_w
+        self.kernel = kernel
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens (B, N, C) -> (B, N, C)."""
+        """Map tokens (B, N, C) to (B, N, C)."""
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))
-        mixed = torch.empty_like(qkv[:, :, 0])
-        # On a CPU an image at a time, whose maps (1.2 MB for CaiT-S24 at 224 pixels) then stay in the cache.
+        mixed = torch.empty_like(qkv[:, :, 0], memory_format=torch.contiguous_format)
+        # On a CPU one image at a time, whose maps (1.2 MB for CaiT-S24 at 224 pixels) then stay in the cache.
         size = 1 if x.device.type == "cpu" else len(x)
-        for start in range(0, len(x), size):
-            piece = slice(start, start + size)
-            mixed[piece] = self._attend(*qkv[piece].permute(2, 0, 3, 1, 4))
+        with torch.autocast(x.device.type, enabled=False):
+            for start in range(0, len(x), size):
+                self._attend(qkv[start : start + size], mixed[start : start + size])
         return self.proj(mixed.flatten(2))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Three times (B, heads, N, C / heads) -> (B, N, heads, C / heads)."""
-        images = len(q)
-        # bmm throughout: `weight @ maps` would fold the images into the rows, and copy the maps for it.
-        before, after = (layer.weight.expand(images, -1, -1) for layer in (self.proj_l, self.proj_w))
-        maps = torch.bmm((q * self.scale).flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
-        shape = maps.shape
-        maps = torch.bmm(before, maps.view(images, self.num_heads, -1)).view(shape).softmax(dim=-1)
-        maps = torch.baddbmm(self.proj_w.bias[:, None], after, maps.view(images, self.num_heads, -1)).view(shape)
-        return torch.bmm(maps, v.flatten(0, 1)).unflatten(0, (images, -1)).transpose(1, 2)
+    def _attend(self, qkv: Tensor, out: Tensor) -> None:
+        """Write the attention of qkv (B, N, 3, heads, C / heads) to `out` (B, N, heads, C / heads)."""
+        images, tokens, _, heads, _ = qkv.shape
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).flatten(1, 2)  # one copy of all three, none for a single image
+        maps = self._mix(torch.bmm(q, k.transpose(1, 2)).view(images, heads, tokens, tokens))
+        product = torch.bmm(maps.view(-1, tokens, tokens), v).unflatten(0, (images, heads))
+        bias = self.proj_w.bias.to(v.dtype)[:, None] * v.unflatten(0, (images, heads)).sum(dim=2)
+        torch.add(product.transpose(1, 2), bias[:, None], out=out)
+
+    def _mix(self, maps: Tensor) -> Tensor:
+        """Compute W softmax(L scale A) of the maps A (B, heads, N, N); A may be overwritten."""
+        before, after = self.proj_l.weight.float() * self.scale, self.proj_w.weight
+        if self.kernel is not None and maps.is_cuda and maps.dtype in (torch.float16, torch.bfloat16):
+            self.kernel(maps, before, after.float())
+            return maps
+        # bmm with a repeated weight: `weight @ maps` would fold the images into the rows, and copy the maps for that.
+        before, after = (weight.to(maps.dtype).expand(len(maps), -1, -1) for weight in (before, after))
+        weights = torch.bmm(before, maps.flatten(2)).view(maps.shape).softmax(dim=-1)
+        return torch.bmm(after, weights.flatten(2)).view(maps.shape)
 
 
-def speed_up(model: nn.Module) -> nn.Module:
-    """Makes the attention of a frozen timm model faster, on the device where it is, and returns the model.
+def fast_attention(model: nn.Module, attention: str = "auto") -> nn.Module:
+    """Replace the attention of a frozen timm model by a faster one for its present device, and return the model.
 
-    Talking heads (CaiT) become `TalkingHeads`. The windows of Swin use the fused kernel that timm holds back as
-    experimental, on a CPU, where it takes a tenth to a quarter off the forward pass; on a GPU it was never measured.
-    State-dict keys and tensors stay what they are, and so do other models.
+    Talking heads (CaiT) become `TalkingHeads`. On a CPU, Swin's windows use the fused kernel that timm keeps
+    experimental: it takes 10 to 25 % off the forward pass there and has not been measured on a GPU. State-dict keys and
+    tensors do not change, nor do other models.
+
+    Args:
+        attention: "timm" changes nothing, "eager" uses PyTorch's operators, "triton" runs half-precision talking heads
+            on CUDA in one kernel. "auto" is "eager", because the kernel has not been measured on a GPU yet.
+
+    Raises:
+        UserError: "triton" where the installed packages cannot run it.
     """
+    if attention == "timm":
+        return model
+    kernel = _load_kernel() if attention == "triton" else None
     for module in list(model.modules()):
         if type(getattr(module, "attn", None)) is TalkingHeadAttn:
-            module.attn = TalkingHeads(module.attn)
+            module.attn = TalkingHeads(module.attn, kernel)
         elif type(module) is WindowAttention and module.qkv.weight.device.type == "cpu":
             module.fused_attn = True
     return model
+
+
+def _load_kernel():
+    try:
+        from kernels import mix_softmax_mix  # Triton is not installed everywhere
+    except ImportError as error:
+        raise UserError(
+            f"--teacher-attention triton needs Triton and torch 2.6 or newer ({error}): use eager"
+        ) from None
+    return mix_softmax_mix
