@@ -1,6 +1,6 @@
 """Triton kernel for CaiT's talking heads: what happens to the attention maps between q k^T and the product with v.
 
-Importing this module needs Triton and torch 2.6 or newer; `attention.fast_attention` says so where they are missing.
+Importing this module needs Triton and torch 2.6 or newer; `models.fast_attention` says so where they are missing.
 """
 
 import triton

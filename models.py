@@ -6,8 +6,11 @@ from typing import Any, Literal
 import timm
 import torch
 from timm.models import PretrainedCfg
+from timm.models.cait import TalkingHeadAttn
+from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
+import students  # noqa: F401 registers its models with timm
 import utils
 from model_names import check_name, class_names, pretrained_config, split_name
 from weights import head_names, load_weights
@@ -17,6 +20,7 @@ __all__ = [
     "build_teacher",
     "check_name",
     "class_names",
+    "fast_attention",
     "freeze_all_but_attention",
     "has_batch_norm",
     "load_weights",
@@ -99,7 +103,7 @@ def _gives_map(model: nn.Module) -> bool:
 
 def build_teacher(
     name: str,
-    num_classes: int,
+    num_classes: int | None,
     *,
     input_size: int,
     kwargs: Mapping[str, Any] | None = None,
@@ -136,6 +140,17 @@ def build_teacher(
     raise errors[0]
 
 
+def count_classes(name: str, weights: Mapping[str, Tensor]) -> int | None:
+    """Return the number of classes of a state dict's head for the model of this name; 0 without a head.
+
+    None, timm's default, if timm does not say which layer is the head.
+    """
+    heads = pretrained_config(name).get("classifier") or ()
+    names = (heads,) if isinstance(heads, str) else heads
+    counts = [len(weights[f"{head}.weight"]) for head in names if f"{head}.weight" in weights]
+    return counts[0] if counts else 0 if names else None
+
+
 def normalization(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return (mean, std) of the model's input images, three floats each, on the scale 0..1."""
     return tuple(model.pretrained_cfg["mean"]), tuple(model.pretrained_cfg["std"])
@@ -157,3 +172,96 @@ def freeze_all_but_attention(model: nn.Module) -> None:
         raise utils.UserError(f"--attn-only: {model.pretrained_cfg['architecture']} has no attention blocks")
     for name, parameter in model.named_parameters():
         parameter.requires_grad = ".attn." in name or name.startswith(trained)
+
+
+# Attention of frozen teachers
+#
+# CaiT's talking heads (arXiv 2003.02436) mix the heads of the attention maps. timm does it by Linear layers over
+# permuted (B, N, N, heads) copies of the maps, which takes most of what such a block spends outside its products.
+
+
+class TalkingHeads(nn.Module):
+    """Drop-in replacement for timm's TalkingHeadAttn in evaluation: same parameters and names, no dropout.
+
+    With A = q k^T, timm computes (W softmax(L scale A + l) + w) v, where L and W mix the heads. Here `scale` is folded
+    into L, the softmax cancels l, which is the same for all keys, and w v is w times the sum of v over the keys, so it
+    is added to the product. Under autocast the maps stay in half precision; the softmax computes in float32 inside and
+    rounds once, as computing it in float32 and casting the result does.
+
+    Args:
+        attention: timm's module, whose layers are shared.
+        kernel: `kernels.mix_softmax_mix`, used for half-precision maps on CUDA; None for PyTorch's operators.
+    """
+
+    def __init__(self, attention: TalkingHeadAttn, kernel=None):
+        super().__init__()
+        self.num_heads, self.scale = attention.num_heads, attention.scale
+        self.qkv, self.proj = attention.qkv, attention.proj
+        self.proj_l, self.proj_w = attention.proj_l, attention.proj_w
+        self.kernel = kernel
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map tokens (B, N, C) to (B, N, C)."""
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))
+        mixed = torch.empty_like(qkv[:, :, 0], memory_format=torch.contiguous_format)
+        # On a CPU one image at a time, whose maps (1.2 MB for CaiT-S24 at 224 pixels) then stay in the cache.
+        size = 1 if x.device.type == "cpu" else len(x)
+        with torch.autocast(x.device.type, enabled=False):
+            for start in range(0, len(x), size):
+                self._attend(qkv[start : start + size], mixed[start : start + size])
+        return self.proj(mixed.flatten(2))
+
+    def _attend(self, qkv: Tensor, out: Tensor) -> None:
+        """Write the attention of qkv (B, N, 3, heads, C / heads) to `out` (B, N, heads, C / heads)."""
+        images, tokens, _, heads, _ = qkv.shape
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).flatten(1, 2)  # one copy of all three, none for a single image
+        maps = self._mix(torch.bmm(q, k.transpose(1, 2)).view(images, heads, tokens, tokens))
+        product = torch.bmm(maps.view(-1, tokens, tokens), v).unflatten(0, (images, heads))
+        bias = self.proj_w.bias.to(v.dtype)[:, None] * v.unflatten(0, (images, heads)).sum(dim=2)
+        torch.add(product.transpose(1, 2), bias[:, None], out=out)
+
+    def _mix(self, maps: Tensor) -> Tensor:
+        """Compute W softmax(L scale A) of the maps A (B, heads, N, N); A may be overwritten."""
+        before, after = self.proj_l.weight.float() * self.scale, self.proj_w.weight
+        if self.kernel is not None and maps.is_cuda and maps.dtype in (torch.float16, torch.bfloat16):
+            self.kernel(maps, before, after.float())
+            return maps
+        # bmm with a repeated weight: `weight @ maps` would fold the images into the rows, and copy the maps for that.
+        before, after = (weight.to(maps.dtype).expand(len(maps), -1, -1) for weight in (before, after))
+        weights = torch.bmm(before, maps.flatten(2)).view(maps.shape).softmax(dim=-1)
+        return torch.bmm(after, weights.flatten(2)).view(maps.shape)
+
+
+def fast_attention(model: nn.Module, attention: str = "auto") -> nn.Module:
+    """Replace the attention of a frozen timm model by a faster one for its present device, and return the model.
+
+    Talking heads (CaiT) become `TalkingHeads`. On a CPU, Swin's windows use the fused kernel that timm keeps
+    experimental: it takes 10 to 25 % off the forward pass there and has not been measured on a GPU. State-dict keys and
+    tensors do not change, nor do other models.
+
+    Args:
+        attention: "timm" changes nothing, "eager" uses PyTorch's operators, "triton" runs half-precision talking heads
+            on CUDA in one kernel. "auto" is "eager", because the kernel has not been measured on a GPU yet.
+
+    Raises:
+        UserError: "triton" where the installed packages cannot run it.
+    """
+    if attention == "timm":
+        return model
+    kernel = _load_kernel() if attention == "triton" else None
+    for module in list(model.modules()):
+        if type(getattr(module, "attn", None)) is TalkingHeadAttn:
+            module.attn = TalkingHeads(module.attn, kernel)
+        elif type(module) is WindowAttention and module.qkv.weight.device.type == "cpu":
+            module.fused_attn = True
+    return model
+
+
+def _load_kernel():
+    try:
+        from kernels import mix_softmax_mix  # Triton is not installed everywhere
+    except ImportError as error:
+        raise utils.UserError(
+            f"--teacher-attention triton needs Triton and torch 2.6 or newer ({error}): use eager"
+        ) from None
+    return mix_softmax_mix

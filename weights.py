@@ -75,7 +75,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         refused = named[1] if named else _first_global(path)
         if refused:
-            raise utils.UserError(f"{path} contains {refused}, which is not loaded: save tensors and plain types") from None
+            raise utils.UserError(
+                f"{path} contains {refused}, which is not loaded: save tensors and plain types"
+            ) from None
         raise utils.UserError(f"{path} is not a valid checkpoint: expected a file of torch.save") from None
     if not isinstance(checkpoint, dict):
         raise utils.UserError(f"{path} contains a {type(checkpoint).__name__}, not a checkpoint: expected a dict")

@@ -11,7 +11,6 @@ from torch import nn
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
-import attention
 import builders
 import datasets
 import faults
@@ -43,7 +42,9 @@ class Job(NamedTuple):
 def add_flags(parser, batch_size=16):
     parser.add_argument("--model", default="deit_tiny_patch16_224", help="student")
     parser.add_argument("--teacher-model", default="cait_s24_224", choices=IDS, help="teacher, with random weights")
-    parser.add_argument("--teacher-attention", default="auto", choices=attention.TEACHER_ATTENTION, help="own job only")
+    parser.add_argument(
+        "--teacher-attention", default="auto", choices=("auto", "timm", "eager", "triton"), help="own job only"
+    )
     parser.add_argument("--pairs", type=int, default=8, help="how many of the published pairs, from the first")
     parser.add_argument("--batch-size", type=int, default=batch_size, help="batch size per process")
     parser.add_argument("--input-size", type=int, default=224, help="side of the images, pixels")
@@ -70,7 +71,7 @@ def fast_job(args):
     model = builders.build_student(own, NUM_CLASSES).to(device)
     ema = ModelEmaV3(model, own.model_ema_decay)
     hooks = spectral.FeatureHooks(model, student_ids)
-    teacher = attention.fast_attention(timm_model(args.teacher_model, args).to(device), args.teacher_attention)
+    teacher = models.fast_attention(timm_model(args.teacher_model, args).to(device), args.teacher_attention)
     criterion = builders.build_criterion(own, losses.FrozenTeacher(teacher, teacher_ids))
     optimizer, scheduler, _ = builders.build_optimizer(own, model)
     scaler = GradScaler(device.type) if amp_dtype == torch.float16 else ConstantScaler(device.type)
