@@ -194,7 +194,7 @@ def build_criterion(args: argparse.Namespace, teacher) -> losses.DistillationLos
         tau=args.distillation_tau,
         beta=args.distillation_beta,
         w_fft=args.w_fft,
-        feature_loss=spectral.FEATURE_LOSSES["mse" if args.feature_loss == "mse" else args.spectral_impl],
+        feature_loss=(spectral.SPECTRAL_IMPLEMENTATIONS | spectral.FEATURE_LOSSES)["mse" if args.feature_loss == "mse" else args.spectral_impl],
     )
 
 
@@ -206,13 +206,12 @@ def check_pairs(args: argparse.Namespace, model: nn.Module, hooks, teacher, devi
     with forward_errors(args.model, args.input_size):
         model.eval()(image)
         student_maps = hooks.pop()
+        spectral.check_raster_order(model, image, hooks.ids)
     if teacher is None:
         return
     with forward_errors(args.teacher_model, args.input_size):
         _, teacher_maps = teacher(image)
-    for flag, network, ids in (("--s-id", model, hooks.ids), ("--t-id", teacher.model, teacher.hooks.ids)):
-        with as_user_error(f"{flag}: ", ValueError):
-            spectral.check_raster_order(network, image, ids)
+        spectral.check_raster_order(teacher.model, image, teacher.hooks.ids)
     blocks = (spectral.describe_blocks(model), spectral.describe_blocks(teacher.model)) if hooks.ids else ()
     for i, j, s, t in zip(hooks.ids, teacher.hooks.ids, student_maps, teacher_maps, strict=True):
         common = spectral.align(s, t)[0].shape

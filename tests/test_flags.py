@@ -17,10 +17,14 @@ from flags import parse_args
 BASE = ("--epochs", "3", "--warmup-epochs", "1", "--batch-size", "8", "--gratings-sizes", "32", "8", "--lr", "0.05")
 
 # A flag with its value, and what has to be there for it to matter. Both runs have the latter.
+SIZE_64 = "--input-size 64 --model-kwargs img_size=64 patch_size=16 embed_dim=24 depth=4 num_heads=3"
+STEP = "--sched step --decay-epochs 1 --warmup-epochs 0"
+
+# Flags with values, and flags that both runs need for them to matter.
 TRAINING = [
     ("--batch-size 16", ""),
     ("--epochs 4", ""),
-    ("--input-size 64 --model-kwargs img_size=64 patch_size=16 embed_dim=24 depth=4 num_heads=3", ""),
+    (SIZE_64, ""),
     ("--no-repeated-aug", ""),
     ("--seed 1", ""),
     ("--model-kwargs img_size=32 patch_size=8 embed_dim=24 depth=4 num_heads=6", ""),
@@ -40,10 +44,9 @@ TRAINING = [
     ("--weight-decay 0.5", ""),
     ("--lr 0.1", ""),
     ("--unscale-lr", ""),
-    ("--sched step --decay-epochs 1", "--warmup-epochs 0"),
-    ("--sched plateau --patience-epochs 0 --decay-rate 0.5", "--warmup-epochs 0"),
-    ("--decay-epochs 2", "--sched step --decay-epochs 1 --warmup-epochs 0"),
-    ("--decay-rate 0.5", "--sched step --decay-epochs 1 --warmup-epochs 0"),
+    (STEP, "--warmup-epochs 0"),
+    ("--decay-epochs 2", STEP),
+    ("--decay-rate 0.5", STEP),
     ("--lr-noise 0.0 1.0", "--warmup-epochs 0"),
     ("--lr-noise-pct 0.1", "--lr-noise 0.0 1.0 --warmup-epochs 0"),
     ("--warmup-lr 0.001", ""),
@@ -52,12 +55,9 @@ TRAINING = [
     ("--cooldown-epochs 1", ""),
     ("--color-jitter 0", "--aa none"),
     ("--aa none", ""),
-    (
-        "--train-interpolation bilinear",
-        "--input-size 64 --model-kwargs img_size=64 patch_size=16 embed_dim=24 depth=4 num_heads=3",
-    ),
+    ("--train-interpolation bilinear", SIZE_64),
     ("--ThreeAugment", ""),
-    ("--src", "--input-size 64 --model-kwargs img_size=64 patch_size=16 embed_dim=24 depth=4 num_heads=3"),
+    ("--src", SIZE_64),
     ("--reprob 0", ""),
     ("--remode const", "--reprob 1"),
     ("--recount 4", "--reprob 1"),
@@ -70,17 +70,17 @@ TRAINING = [
     ("--num-classes 30", ""),
 ]
 DISTILLING = [
-    ("--distillation-type hard", ""),
-    ("--distillation-type fft", ""),
-    ("--distillation-alpha 0.1", ""),
-    ("--distillation-beta 3", ""),
-    ("--distillation-tau 3", ""),
-    ("--w-fft 2", ""),
-    ("--s-id 3 1 0", ""),
-    ("--t-id 5 1 0", ""),
-    ("--s-id 0 1 1", ""),
-    ("--feature-loss mse", ""),
-    ("--spectral-impl fft", ""),  # by rounding
+    "--distillation-type hard",
+    "--distillation-type fft",
+    "--distillation-alpha 0.1",
+    "--distillation-beta 3",
+    "--distillation-tau 3",
+    "--w-fft 2",
+    "--s-id 3 1 0",
+    "--t-id 5 1 0",
+    "--s-id 0 1 1",
+    "--feature-loss mse",
+    "--spectral-impl fft",  # by rounding
 ]
 
 
