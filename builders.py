@@ -16,12 +16,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
 import attention
+import baselines
 import datasets
 import faults
 import losses
 import models
 import samplers
 import spectral
+import students  # noqa: F401 registers its models with timm
 import utils
 from flags import mixup_active
 from utils import UserError, as_user_error, log, rank, world_size
@@ -179,8 +181,15 @@ def feature_ids(args: argparse.Namespace) -> tuple[list[int], list[int]]:
     return (args.s_id, args.t_id) if used else ([], [])
 
 
-def build_criterion(args: argparse.Namespace, teacher) -> losses.DistillationLoss:
-    """Return the training loss."""
+def build_criterion(args: argparse.Namespace, student: nn.Module, teacher) -> losses.DistillationLoss:
+    """Return the training loss; its trained parts, if any, are on the CPU."""
+    feature_loss = spectral.SPECTRAL_IMPLEMENTATIONS[args.spectral_impl]
+    if args.feature_loss != "spectral" and teacher is not None:
+        widths = [
+            [spectral.describe_blocks(model)[i]["num_chs"] for i in ids]
+            for model, ids in zip((student, teacher.model), feature_ids(args), strict=True)
+        ]
+        feature_loss = baselines.build_feature_loss(args.feature_loss, *widths, seed=args.seed)
     base: nn.Module
     if args.bce_loss:
         base = BinaryCrossEntropy(smoothing=0.0, target_threshold=0.0)
@@ -194,7 +203,7 @@ def build_criterion(args: argparse.Namespace, teacher) -> losses.DistillationLos
         tau=args.distillation_tau,
         beta=args.distillation_beta,
         w_fft=args.w_fft,
-        feature_loss=(spectral.SPECTRAL_IMPLEMENTATIONS | spectral.FEATURE_LOSSES)["mse" if args.feature_loss == "mse" else args.spectral_impl],
+        feature_loss=feature_loss,
     )
 
 
@@ -266,14 +275,17 @@ def can_compile(device: torch.device) -> bool:
     return True
 
 
-def build_optimizer(args: argparse.Namespace, model: nn.Module):
-    """Return (optimizer, scheduler, number of epochs with the cool-down)."""
+def build_optimizer(args: argparse.Namespace, model: nn.Module, criterion: nn.Module):
+    """Return (optimizer of model and criterion, scheduler, number of epochs with the cool-down)."""
     global_batch = args.batch_size * args.accum_steps * world_size()
     options = optimizer_kwargs(args) | {"lr": args.lr if args.unscale_lr else args.lr * global_batch / 512}
     if args.opt == "adamw":
         options["fused"] = True  # reads the scaler's verdict on the device; others wait for it in every step
     with as_user_error(f"--opt {args.opt}: ", Exception):
         optimizer = create_optimizer_v2(model, **options)
+    trained = [parameter for parameter in criterion.parameters() if parameter.requires_grad]
+    if trained:
+        optimizer.add_param_group({"params": trained})
     with as_user_error(f"--sched {args.sched}: ", Exception):
         scheduler, num_epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args))
         if scheduler is None:  # older releases of timm do not raise

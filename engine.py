@@ -108,6 +108,9 @@ def optimizer_step(state, parameters: list[Tensor], clip_grad: float | None) -> 
 
     The scaler is on in every precision, because it skips steps whose gradient is not finite without asking the device.
     """
+    for parameter in state.criterion.parameters():
+        if parameter.grad is not None:  # the loss is outside of DDP
+            utils.sum_over_ranks(parameter.grad).div_(utils.world_size())
     state.scaler.unscale_(state.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip_grad or torch.finfo(torch.float32).max)
     state.scaler.step(state.optimizer)

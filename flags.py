@@ -17,6 +17,7 @@ from utils import UserError, as_user_error, error_line
 
 DATA_SETS = ("IMNET", "CIFAR", "INAT", "INAT19", "GRATINGS")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
+FEATURE_LOSSES = ("spectral", "mse", "mse_plain", "manifold", "projector", "projector_trained")
 SMALL_IMAGE = 32  # DeiT's rule: up to this size, crops are of the whole image with a border of 4 pixels
 
 
@@ -165,7 +166,8 @@ def add_teacher_flags(add) -> None:
     add("--t-id", nargs="+", type=COUNT, default=[], help="teacher blocks, one for each of --s-id")
     add("--w-fft", type=NON_NEGATIVE, default=0.2, help="weight of the feature loss")
     add("--distillation-beta", type=NON_NEGATIVE, default=1.0, help="second factor of the feature loss, as published")
-    add("--feature-loss", default="spectral", choices=("spectral", "mse"), help="mse: the MSE baseline")
+    help_text = "feature loss: mse has the weight W/4K of the spectral loss, the others are those of other papers"
+    add("--feature-loss", default="spectral", choices=FEATURE_LOSSES, help=help_text)
     help_text = "how to compute the spectral loss; both give the same value: closed is several times faster"
     add("--spectral-impl", default="closed", choices=("closed", "fft"), help=help_text)
 

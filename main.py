@@ -87,13 +87,13 @@ def main(args: argparse.Namespace) -> dict | None:
 
     # Teacher and loss
     teacher = build_teacher(args, num_classes, device, model)
-    criterion = build_criterion(args, teacher)
+    criterion = build_criterion(args, model, teacher).to(device)
     check_pairs(args, model, hooks, teacher, device)
 
     # Optimizer and state
-    optimizer, scheduler, num_epochs = build_optimizer(args, model)
+    optimizer, scheduler, num_epochs = build_optimizer(args, model, criterion)
     scaler = GradScaler(device.type) if amp_dtype == torch.float16 else ConstantScaler(device.type)
-    state = TrainState(model, optimizer, scheduler, scaler, ema, TERMS)
+    state = TrainState(model, optimizer, scheduler, scaler, ema, TERMS, criterion)
     if checkpoint is not None:
         state.load(checkpoint, args)
         if folder is not None:

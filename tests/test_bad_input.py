@@ -190,7 +190,7 @@ def write_checkpoints(root, teacher):
     torch.save(timm.create_model("cait_s24_224", num_classes=24, **native).state_dict(), root / "hub.pth")
     student = timm.create_model(DEIT, num_classes=24, **key_values(STUDENT))
     torch.save({"model": student.state_dict()}, root / "only_weights.pth")
-    optimizer, _, _ = builders.build_optimizer(parse_args(tiny_run()), student)
+    optimizer, _, _ = builders.build_optimizer(parse_args(tiny_run()), student, torch.nn.Identity())
     for parameter in student.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

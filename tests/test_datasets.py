@@ -26,22 +26,19 @@ from torchvision.datasets import CIFAR100, ImageFolder
 from torchvision.datasets.folder import default_loader
 
 from datasets import (
-    GRATINGS_SIZES,
     BadImageError,
     BoundedResize,
-    Gratings,
     LastImage,
-    LoaderError,
     Prepare,
     SeededDataset,
     build_dataset,
-    build_loader,
     check_images,
     eval_transform,
     match_classes,
     train_transform,
-    warn_if_shm_is_small,
 )
+from gratings import GRATINGS_SIZES, Gratings
+from loaders import LoaderError, build_loader, warn_if_shm_is_small
 from samplers import RASampler, SeededSampler
 
 
@@ -519,6 +516,14 @@ def test_the_part_of_a_panorama_is_that_of_the_whole(size, input_size, monkeypat
     difference = abs(np.asarray(transform(image)).astype(int) - whole)
     assert difference.max() <= 2  # PIL rounds the position of the part
     assert (difference > 0).mean() < 1e-3
+
+
+def test_training_takes_a_random_part_of_a_panorama(monkeypatch):
+    monkeypatch.setattr(BoundedResize, "LIMIT", 2**12)
+    image = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(256, 1)).convert("RGB").resize((2, 5120))
+    transform = train_transform(64, simple_crop=True, hflip=0.0)
+    means = [np.asarray(transform(image)).mean() for _ in range(20)]
+    assert max(means) - min(means) > 50
 
 
 @pytest.mark.parametrize("size", [(20_000, 2), (1, 5000)])

@@ -146,13 +146,13 @@ def test_milestones_are_kept(tmp_path):
 
 def test_noise_of_the_learning_rate_begins_at_its_part_of_the_epochs():
     args = parse_args(tiny_run("--epochs", "20", "--lr-noise", "0.5"))
-    _, scheduler, _ = builders.build_optimizer(args, torch.nn.Linear(1, 1))
+    _, scheduler, _ = builders.build_optimizer(args, torch.nn.Linear(1, 1), torch.nn.Module())
     assert scheduler.noise_range_t == 10
 
 
 def test_plateau_without_a_warm_up_begins_and_goes_on_at_the_full_rate():
     args = parse_args(tiny_run("--epochs", "4", "--sched", "plateau", "--lr", "0.5"))
-    optimizer, scheduler, _ = builders.build_optimizer(args, torch.nn.Linear(1, 1))
+    optimizer, scheduler, _ = builders.build_optimizer(args, torch.nn.Linear(1, 1), torch.nn.Module())
     rates = []
     for epoch in range(3):
         rates.append(optimizer.param_groups[0]["lr"])

@@ -37,7 +37,7 @@ def test_every_epoch_has_the_learning_rate_of_the_original(name):
     case = json.loads((GOLDEN / "learning_rate.json").read_text())[name]
     flags = ["--data-set", "GRATINGS", *case["args"].split(), "--batch-size", str(case["global_batch"])]
     args = parse_args(flags)
-    optimizer, scheduler, num_epochs = builders.build_optimizer(args, nn.Linear(2, 2))
+    optimizer, scheduler, num_epochs = builders.build_optimizer(args, nn.Linear(2, 2), nn.Module())
     used = []
     for epoch in range(num_epochs):
         used.append(optimizer.param_groups[0]["lr"])
@@ -104,8 +104,8 @@ def replay(golden, tmp_path_factory):
     ema = ModelEmaV3(model, args.model_ema_decay)
     hooks = spectral.FeatureHooks(model, builders.feature_ids(args)[0])
     teacher = builders.build_teacher(args, golden["num_classes"], CPU, model)
-    criterion = Recorder(builders.build_criterion(args, teacher))
-    optimizer, scheduler, num_epochs = builders.build_optimizer(args, model)
+    criterion = Recorder(builders.build_criterion(args, model, teacher))
+    optimizer, scheduler, num_epochs = builders.build_optimizer(args, model, nn.Module())
     common = {"device": CPU, "prepare": nn.Identity()}  # the images are stored as the models see them
     state, epochs = TrainState(model, optimizer, scheduler, ConstantScaler("cpu"), ema, main.TERMS), []
     for epoch in range(num_epochs):
@@ -207,7 +207,7 @@ def test_the_checkpoint_of_the_original_restores_weights_average_and_optimizer(g
     args = parse_args(["--data-set", "GRATINGS", "--batch-size", "4", *model_flags(golden)])
     model = builders.build_student(args, 10)
     ema = ModelEmaV3(model, args.model_ema_decay)
-    optimizer, scheduler, _ = builders.build_optimizer(args, model)
+    optimizer, scheduler, _ = builders.build_optimizer(args, model, nn.Module())
     state = TrainState(model, optimizer, scheduler, ConstantScaler("cpu"), ema, main.TERMS)
     reference = load_reference()
     state.load(reference, args)
