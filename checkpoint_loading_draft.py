@@ -31,7 +31,7 @@ def _named(name: str, build: Callable[..., Any]) -> Callable[..., Any]:
     return named
 
 
-PLAIN = {
+PLAIN: dict[str, Any] = {
     "numpy.core.multiarray.scalar": np.float64(0).__reduce__()[0],
     "numpy.core.multiarray._reconstruct": np.zeros(0).__reduce__()[0],
     "pathlib.PosixPath": PurePath,
@@ -40,7 +40,7 @@ PLAIN = {
     "_codecs.encode": str.encode,  # how pickles before protocol 3 spell bytes
 }
 # Plain data among the arguments of other people's checkpoints; numpy 2 and Python 3.13 renamed modules.
-SAFE = [argparse.Namespace, np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in "?bhilqBHILQefdSU")]
+SAFE: list[Any] = [argparse.Namespace, np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in "?bhilqBHILQefdSU")]
 for renamed in ("", ""), (".core", "._core"), ("pathlib", "pathlib._local"):
     SAFE += [_named(name.replace(*renamed), build) for name, build in PLAIN.items()]
 
@@ -109,7 +109,7 @@ def _first_global(path: Path) -> str | None:
     with open(path, "rb") as file, suppress(Exception):
         for opcode, argument, _ in pickletools.genops(file):
             if opcode.name == "GLOBAL":
-                return argument.replace(" ", ".")
+                return str(argument).replace(" ", ".")
             if opcode.name == "STACK_GLOBAL":
                 return ".".join(strings[-2:])
             if isinstance(argument, str):
@@ -132,7 +132,7 @@ def extract_weights(checkpoint: Mapping[str, Any], *, ema: bool = False) -> dict
     weights = found[0] if found else checkpoint
     if not weights or not all(torch.is_tensor(value) for value in weights.values()):
         raise utils.UserError("the file holds no weights: expected a state dict, or one under 'model' or 'state_dict'")
-    weights = clean_state_dict(clean_state_dict(weights))  # twice, because wrappers nest in either order
+    weights = clean_state_dict(clean_state_dict(dict(weights)))  # twice, because wrappers nest in either order
     inner = {key.removeprefix("model."): value for key, value in weights.items() if key.startswith("model.")}
     # A Lightning module holds the model beside its losses and metrics.
     return inner if inner and ("pytorch-lightning_version" in checkpoint or len(inner) == len(weights)) else weights

@@ -4,7 +4,7 @@ import math
 import re
 import sys
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal, cast
 
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
@@ -15,9 +15,14 @@ import utils
 PRETRAINING_ONLY = r"(decoder|mask_token|predictor|projector|projection|lm_head|head|fc|classifier)"
 
 
+def model_config(model: nn.Module) -> dict[str, Any]:
+    """Return timm's description of a model: architecture, input size, mean, std, classifier layers."""
+    return cast("dict[str, Any]", model.pretrained_cfg)
+
+
 def head_names(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the model's classifier layers; a distilled DeiT has two, a model may have none."""
-    heads = model.pretrained_cfg.get("classifier") or ()
+    heads = model_config(model).get("classifier") or ()
     return (heads,) if isinstance(heads, str) else tuple(heads)
 
 
@@ -39,7 +44,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, head: Liter
         UserError: The weights do not fit.
     """
     own = model.state_dict()
-    with utils.as_user_error(f"the weights do not fit {model.pretrained_cfg['architecture']}: ", Exception):
+    with utils.as_user_error(f"the weights do not fit {model_config(model)['architecture']}: ", Exception):
         _check_distilled(weights, own)
         # timm calls each family's converter of older layouts and other image sizes by this name.
         original = weights
