@@ -4,7 +4,7 @@ import json
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -14,6 +14,7 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 
 import utils
+from weights import model_config
 
 CARD = """\
 ---
@@ -67,7 +68,7 @@ def export_model(
         UserError: The files cannot be written, or timm cannot describe the model.
     """
     kept = ("architecture", "fixed_input_size", "mean", "std", "pool_size", "first_conv", "classifier")
-    config = {key: value for key, value in model.pretrained_cfg.items() if key in kept}
+    config = {key: value for key, value in model_config(model).items() if key in kept}
     config |= {"input_size": (3, input_size, input_size), "crop_pct": crop_ratio}
     args = dict(model_args or {})
     if config.get("fixed_input_size"):
@@ -76,10 +77,11 @@ def export_model(
     folder = Path(folder)
     details = "\n".join(f"- **{name}:** {value}" for name, value in (facts or {}).items())
     with utils.as_user_error(f"cannot export to {folder}: ", Exception):
-        model.pretrained_cfg = PretrainedCfg(**config, num_classes=model.num_classes).to_dict()
+        model.pretrained_cfg = PretrainedCfg(**config, num_classes=cast(int, model.num_classes)).to_dict()
         folder.mkdir(parents=True, exist_ok=True)
         # timm's save_for_hf without its need for a huggingface_hub that fits this release of timm
-        save_config_for_hf(model, folder / "config.json", model_config=labels, model_args=args)
+        config_path: Any = folder / "config.json"  # a Path, which timm 1.0.11 needs and later hints do not name
+        save_config_for_hf(model, config_path, model_config=labels, model_args=args)
         save_file(model.state_dict(), folder / "model.safetensors")
         card = CARD.format(title=folder.resolve().name, details=details, architecture=config["architecture"])
         utils.write_atomically(folder / "README.md", lambda file: file.write(card.encode()))

@@ -10,9 +10,10 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
 import utils
+from weights import model_config
 
 # How timm reads the config.json of each source of models; older releases have no local-dir.
-CONFIG_READERS = {
+CONFIG_READERS: dict[str, Any] = {
     "hf-hub": timm.models.load_model_config_from_hf,
     "local-dir": getattr(timm.models._hub, "load_model_config_from_path", None),
 }
@@ -60,7 +61,7 @@ def class_names(model: nn.Module, name: str, pretrained: bool, num_classes: int)
     They come from the config that goes with the weights, or for timm's own ImageNet weights are WordNet ids
     ("n01440764"). A model without pretrained weights, or with a head for other classes, knows none.
     """
-    config = model.pretrained_cfg
+    config = model_config(model)
     if not pretrained or config["num_classes"] != num_classes:
         return None
     names = config.get("label_names")

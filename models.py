@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import students  # noqa: F401 registers its models with timm
 import utils
 from model_names import check_name, class_names, pretrained_config, split_name
-from weights import head_names, load_weights
+from weights import head_names, load_weights, model_config
 
 __all__ = [
     "build_model",
@@ -153,7 +153,7 @@ def count_classes(name: str, weights: Mapping[str, Tensor]) -> int | None:
 
 def normalization(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return (mean, std) of the model's input images, three floats each, on the scale 0..1."""
-    return tuple(model.pretrained_cfg["mean"]), tuple(model.pretrained_cfg["std"])
+    return tuple(model_config(model)["mean"]), tuple(model_config(model)["std"])
 
 
 def has_batch_norm(model: nn.Module) -> bool:
@@ -169,7 +169,7 @@ def freeze_all_but_attention(model: nn.Module) -> None:
     """
     trained = ("pos_embed", *(f"{head}." for head in head_names(model)))
     if not any(".attn." in name for name, _ in model.named_parameters()):
-        raise utils.UserError(f"--attn-only: {model.pretrained_cfg['architecture']} has no attention blocks")
+        raise utils.UserError(f"--attn-only: {model_config(model)['architecture']} has no attention blocks")
     for name, parameter in model.named_parameters():
         parameter.requires_grad = ".attn." in name or name.startswith(trained)
 

@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path, PurePath
-from typing import Any, Literal
+from typing import Any, Literal, cast
 from urllib.parse import urlparse
 
 import numpy as np
@@ -158,9 +158,14 @@ def extract_weights(checkpoint: Mapping[str, Any], *, ema: bool = False) -> dict
 PRETRAINING_ONLY = r"(decoder|mask_token|predictor|projector|projection|lm_head|head|fc|classifier)"
 
 
+def model_config(model: nn.Module) -> dict[str, Any]:
+    """Return timm's description of a model: architecture, input size, mean, std, classifier layers."""
+    return cast("dict[str, Any]", model.pretrained_cfg)
+
+
 def head_names(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the model's classifier layers; a distilled DeiT has two, a model may have none."""
-    heads = model.pretrained_cfg.get("classifier") or ()
+    heads = model_config(model).get("classifier") or ()
     return (heads,) if isinstance(heads, str) else tuple(heads)
 
 
@@ -182,7 +187,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, head: Liter
         UserError: The weights do not fit.
     """
     own = model.state_dict()
-    with utils.as_user_error(f"the weights do not fit {model.pretrained_cfg['architecture']}: ", Exception):
+    with utils.as_user_error(f"the weights do not fit {model_config(model)['architecture']}: ", Exception):
         _check_distilled(weights, own)
         # timm calls each family's converter of older layouts and other image sizes by this name.
         original = weights
