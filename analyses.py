@@ -98,7 +98,7 @@ def rank_analysis(batches: Callable[[], Iterable[Tensor]], seed: int = 0) -> dic
     `svd` counts the singular directions of each image's own (N, D) tokens, `pca` those of one basis for all images:
     the eigenvectors of the mean of X^T X, in descending order of eigenvalue. Both take the tokens as they are, without
     centering. The data is read twice, for the basis and for the shares in it, and only sums of (D, D) and counts are
-    kept, whatever the number of images.
+    kept, so memory does not grow with the number of images.
 
     Controls: `centered` subtracts the mean token, the image's own for svd and the data set's for pca. `pca_rotated`
     turns the tokens of each image by a random rotation of its own, so that no basis can be shared: an upper bound.

@@ -138,7 +138,7 @@ def read_subject(name: str | None, source: str, args: argparse.Namespace) -> Sub
         timms = not (path or args.random)
         network = models.build_model(model, None, input_size=size, kwargs=kwargs, pretrained=timms).eval()
         if weights is not None:  # blocks do not depend on the head, so any number of classes will do
-            models.load_weights(network, weights, replace_head=True)
+            models.load_weights(network, weights, head="fresh")
         blocks = spectral.describe_blocks(network)
     size = size or network.pretrained_cfg["input_size"][-1]
     return Subject(name or model, model, path or ("timm" if timms else "random"), size, blocks, network, run)

@@ -87,7 +87,7 @@ def build(name: str, folder: str, num_classes: int, kwargs: dict, device: torch.
     """Build a model with the weights in `folder`, or else with timm's own.
 
     Raises:
-        UserError: there are no such weights; it says where to get them.
+        UserError: there are no such weights; the message names their source.
     """
     files = [Path(folder, name + ending) for ending in (".pth", ".safetensors")]
     found = next((file for file in files if folder and file.is_file()), None)
@@ -161,7 +161,7 @@ def check_schedule(log: Path, batch: int) -> Row:
 
 
 def check_model(name: str, args: argparse.Namespace, images: Images, published: dict) -> list[Row]:
-    """Run the checks of one model; if its weights are missing, say so in their place."""
+    """Run the checks of one model; if its weights are missing, report that instead."""
     top1 = {**published["teachers"], **published["checkpoints"]}.get(name)
     ranks = published["ranks"].get(name, {})
     try:

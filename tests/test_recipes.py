@@ -99,7 +99,7 @@ def test_a_control_differs_from_the_method_in_what_it_controls_for_alone(recipe,
     assert differences(soft, method) == {"w_fft": (0, weight), "s_id": ([], method.s_id), "t_id": ([], method.t_id)}
     plain = differences(read(f"{recipe}_no_teacher"), soft)
     plain.pop("teacher_model", None)  # without a teacher its default is not read
-    assert plain.pop("w_fft") == (0.2, 0)  # likewise
+    assert plain.pop("w_fft") == (0.2, 0)  # nor is this
     assert plain == {"distillation_type": ("none", "soft"), "distillation_alpha": (0.5, 0.9)}
     assert soft.teacher_model == TEACHERS[kind]
 

@@ -16,9 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import attention
 import losses
 import main
+import models
 import spectral
 import utils
 from engine import train_one_epoch
@@ -125,7 +125,7 @@ def test_fast_attention_has_the_outputs_and_names_of_timm(name, kwargs):
     expected, weights = model(images), {key: value.clone() for key, value in model.state_dict().items()}
     kinds = [type(module) for module in model.modules()]
     fused = [getattr(module, "fused_attn", None) for module in model.modules()]
-    attention.speed_up(model)
+    models.fast_attention(model)
     changed = [type(module) for module in model.modules()] != kinds
     assert changed or [getattr(module, "fused_attn", None) for module in model.modules()] != fused
     torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)
@@ -136,7 +136,7 @@ def test_fast_attention_has_the_outputs_and_names_of_timm(name, kwargs):
 def test_other_models_are_left_alone():
     model = timm.create_model("deit_tiny_patch16_224", img_size=32, embed_dim=24, depth=2, num_heads=3)
     before = [type(module) for module in model.modules()]
-    assert [type(module) for module in attention.speed_up(model).modules()] == before
+    assert [type(module) for module in models.fast_attention(model).modules()] == before
 
 
 # Whole runs
@@ -276,7 +276,7 @@ def test_twenty_steps_have_the_terms_of_the_reference_implementation():
         train(student := copy.deepcopy(model), spectral.FeatureHooks(student, [0, 3]), criterion_of(*parts), batches)
         for train, *parts in (
             (reference_terms, copy.deepcopy(teacher), reference_loss()),
-            (engine_terms, attention.speed_up(copy.deepcopy(teacher)), spectral.closed_spectral_loss),
+            (engine_terms, models.fast_attention(copy.deepcopy(teacher)), spectral.closed_spectral_loss),
         )
     )
     assert reference.shape == (20, 4)
