@@ -158,7 +158,10 @@ WITH_A_MODEL = [
     (f"{DISTIL} --t-id 0 1 6", r"--t-id: block id 6 is out of range: .* ids 0..5"),
     (f"{DISTIL} {KWARGS} patch_drop_rate=0.5", "--s-id: .* drops tokens in training.* set patch_drop_rate to 0"),
     (f"{DISTIL} {HIERA}", "hiera_tiny_224 .*: block 0 of Hiera has no map: .*not in raster order"),
-    (f"{DISTIL} --s-id 0 1 2 --model pit_ti_224 --input-size 64 --model-kwargs", "pit_ti_224 .*: block 0 .* has no map: it returns a tuple"),
+    (
+        f"{DISTIL} --s-id 0 1 2 --model pit_ti_224 --input-size 64 --model-kwargs",
+        "pit_ti_224 .*: block 0 .* has no map: it returns a tuple",
+    ),
     (f"{DISTIL} --model deit_tiny_distilled_patch16_224 --no-train-mode", "--no-train-mode cannot train the two heads"),
 ]
 

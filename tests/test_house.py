@@ -62,7 +62,13 @@ FILES_TO_COME = {"docs/families.md", "docs/reproducing.md", "recipes/imagenette.
 FILES_TO_COME |= {"benchmarks/gpu.py"}
 FLAGS_TO_COME = {"--deterministic"}
 FILES_OF_A_RUN = {"run.args"}
-FLAGS_OF_OTHERS = {"--nproc_per_node", "--max-restarts", "--shm-size", "--ipc", "--logdir"}  # torchrun, docker, tensorboard
+FLAGS_OF_OTHERS = {
+    "--nproc_per_node",
+    "--max-restarts",
+    "--shm-size",
+    "--ipc",
+    "--logdir",
+}  # torchrun, docker, tensorboard
 
 
 def imports(tree):
@@ -128,7 +134,9 @@ def test_the_choices_of_flags_are_those_of_the_modules():
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_files_named_in_a_document_exist(document):
     text = document.read_text()
-    named = set(re.findall(r"`([\w./-]+\.(?:py|md|args|slurm|sh))`", text)) | set(re.findall(r"@(recipes/\S+\.args)", text))
+    named = set(re.findall(r"`([\w./-]+\.(?:py|md|args|slurm|sh))`", text)) | set(
+        re.findall(r"@(recipes/\S+\.args)", text)
+    )
     links = {(document.parent / link).resolve() for link in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", text)}
     missing = {name for name in named if not (ROOT / name).exists()}
     missing |= {str(path.relative_to(ROOT)) for path in links if not path.exists()}
