@@ -76,9 +76,10 @@ def unchanged_signal_handlers():
     """A run in this process replaces the handlers of signals; the next test gets the old ones back."""
     import signal
 
-    import utils
+    import faults
 
-    before = {number: signal.getsignal(number) for number in utils.STOP_SIGNALS}
+    before = {number: signal.getsignal(number) for number in faults.STOP_SIGNALS}
     yield
+    signal.set_wakeup_fd(-1)
     for number, handler in before.items():
         signal.signal(number, handler)

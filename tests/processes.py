@@ -7,6 +7,7 @@ executes main.py as `python main.py` would. `torchrun` starts the real launcher,
 import atexit
 import json
 import os
+import re
 import runpy
 import signal
 import socket
@@ -132,20 +133,31 @@ def torchrun(*flags, ranks=2, launcher=(), before=""):
     return LauncherRun(folder, process)
 
 
-def strike(number, *, step, training=True, rank=None):
-    """Statements for `fork`'s `before`: the process sends itself a signal in the student's step-th forward from now.
+def status(folder):
+    return json.loads((folder / "status.json").read_text())
+
+
+def errors(runs):
+    """Return the lines of all ranks that report an error."""
+    lines = [line for run in runs for line in run.text.splitlines()]
+    return [line for line in lines if re.match(r"(\[rank \d+\] )?error: ", line)]
+
+
+def strike(number, *, step, training=True, rank=None, kind="VisionTransformer"):
+    """Return statements for `fork`'s `before`: the process sends itself a signal in a forward of the student.
 
     Args:
-        step: from 0 on, counted over all training (or evaluation) batches that this process sees.
-        training: count training batches; otherwise those of evaluation, the check of the input size (one) among them.
+        step: the forward, counted from 0 over all training (or evaluation) batches that this process gets.
+        training: count training batches; otherwise those of evaluation, after one for the check of the input size.
         rank: only on this one, or None for all.
+        kind: class of the student.
     """
     return f"""
 import os, torch
 seen = 0
 def count(module, args):
     global seen
-    if type(module).__name__ == "VisionTransformer" and module.training == {training}:
+    if type(module).__name__ == {kind!r} and module.training == {training}:
         if seen == {step}:
             os.kill(os.getpid(), {int(number)})
         seen += 1
