@@ -23,6 +23,8 @@ from torch.utils.data._utils import signal_handling
 from torchvision import transforms
 from torchvision.datasets import CIFAR100, ImageFolder
 
+from utils import log
+
 DATA_SETS = ("IMNET", "CIFAR", "INAT", "INAT19", "GRATINGS")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 SMALL_IMAGE = 32  # DeiT's rule: at this size or less, crops are of the whole image with a border of 4 pixels
@@ -255,7 +257,7 @@ class SeededDataset(Dataset):
                 if more < 0:
                     raise error
                 self.bad[index] = 1
-                print(f"warning: {error}; taking the next one, {more} more allowed", flush=True)
+                log(f"warning: {error}; taking the next one, {more} more allowed", every_rank=True)
 
 
 def build_loader(

@@ -117,8 +117,8 @@ def codes(runs, timeout=90):
     return [run.code(timeout) for run in runs]
 
 
-def torchrun(*flags, ranks=2, launcher=(), before=""):
-    """Starts main.py under torch.distributed.run, whose own flags are `launcher`; `before` as in `fork`."""
+def torchrun(*flags, ranks=2, launcher=(), before="", env=None):
+    """Start main.py under torch.distributed.run, whose own flags are `launcher`; `before` and `env` as in `fork`."""
     folder = Path(tempfile.mkdtemp(dir=server.home))
     workers_only = f"import os\nif 'RANK' in os.environ:\n    exec({before!r}, {{}})\n"
     (folder / "sitecustomize.py").write_text(workers_only)
@@ -128,7 +128,7 @@ def torchrun(*flags, ranks=2, launcher=(), before=""):
             [*command, str(ROOT / "main.py"), *map(str, flags)],
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder), **(env or {})},
         )
     return LauncherRun(folder, process)
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import shutil
 import signal
@@ -14,7 +13,7 @@ from processes import codes, errors, fork, status, strike
 
 import main
 import utils
-from checkpoint import CheckpointFolder, resumed_step
+from checkpoint import resumed_step
 from weights import load_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -386,16 +385,6 @@ def test_without_a_valid_checkpoint_nothing_starts(again, folder):
     message = f"error: no checkpoint in {folder} is valid: restore one, or use --overwrite to start again"
     assert errors(refused) == [message, f"[rank 1] {message}"]
     assert before == {path: path.read_bytes() for path in folder.glob("*.pth")}
-
-
-def test_newest_valid_file_counts_by_epoch_not_by_time(again, folder):
-    """The two newest files are damaged, and the times of the others are false."""
-    assert again("--resume", "auto", "--epochs", 5, "--save-every", 1).code() == 0
-    for name in ("checkpoint.pth", "checkpoint_previous.pth", "model_best.pth", "checkpoint_0004.pth"):
-        damage(folder / name)
-    for age, path in enumerate(sorted(folder.glob("checkpoint_000?.pth"))):
-        os.utime(path, (1e9 - 1000 * age, 1e9 - 1000 * age))
-    assert CheckpointFolder(folder).load_newest()[0] == folder / "checkpoint_0003.pth"
 
 
 def test_named_checkpoint_is_never_replaced_by_another(again, folder):
