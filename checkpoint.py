@@ -109,8 +109,10 @@ class TrainState:
                 log(f"--resume: {name} was {stored[name]} and is {value} from now on")
 
     def _load(self, checkpoint: dict, args: argparse.Namespace) -> None:
+        weights = extract_weights(checkpoint)
+        load_exactly(self.model, weights)
         self._load_optimizer(checkpoint["optimizer"], fresh=checkpoint["epoch"] < 0)
-        load_exactly(self.model, extract_weights(checkpoint))
+        self.model.load_state_dict(weights)  # the check of the optimizer has made a step
         if checkpoint.get("scaler") and self.scaler.state_dict():
             self.scaler.load_state_dict(checkpoint["scaler"])
         if self.ema is not None and checkpoint.get("model_ema"):

@@ -55,20 +55,21 @@ def exit_codes(*user_errors: type[Exception]) -> Iterator[None]:
             advice = "use fewer --num_workers, more memory, or a longer --loader-timeout"
             finish(2, "failed", UserError(f"lost a data loading worker: {one_line(error)}: {advice}"))
         if lost_contact(error):
-            finish(1, "failed", UserError(f"lost another process: {one_line(error)}"))
+            finish(1, "failed" if rank() == 0 else None, UserError(f"lost another process: {one_line(error)}"))
         run_status.write("failed", rank=rank(), reason=one_line(error))
         end_loader_workers()
         raise
     end_loader_workers()
 
 
-def finish(code: int, status: str, error: BaseException) -> None:
+def finish(code: int, status: str | None, error: BaseException) -> None:
     """Print the error, write the status and end the process."""
     sys.unraisablehook = lambda _: None  # a half-built loader complains when it is deleted
     if rank() == 0 or code < 128:
         with contextlib.suppress(OSError):
             print(error_line(error) if code < 128 else error, file=sys.stderr, flush=True)
-    run_status.write(status, reason=one_line(error))
+    if status:
+        run_status.write(status, reason=one_line(error))
     end_loader_workers()
     leave_distributed(code)
     raise SystemExit(code)

@@ -260,7 +260,8 @@ class RunLog:
                 lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
                 kept = "".join(line for line in lines if _epoch_of(line) < start_epoch).encode()
                 write_atomically(self.path, lambda file: file.write(kept))
-            self.writer = SummaryWriter(str(self.folder), purge_step=start_epoch or None)
+            with warn_on(UnicodeError, "TensorBoard events are not written, because the folder's name is not UTF-8"):
+                self.writer = SummaryWriter(str(self.folder), purge_step=start_epoch or None)
 
     def epoch(self, stats: dict) -> None:
         """Append a line to log.txt and its numbers to TensorBoard; if the disk is full, warn and note the loss."""
