@@ -4,7 +4,6 @@ Every sample is (image, label): uint8 pixels (3, H, W) and an int. Batches stay 
 the device, which costs a quarter of the memory traffic of float32.
 """
 
-import contextlib
 import json
 import os
 import random
@@ -416,5 +415,4 @@ class SeededDataset(Dataset):
                 if left < 0:
                     raise error
                 self.bad[len(bad) - left - 1] = index
-                with contextlib.suppress(OSError):  # of a full disk
-                    print(f"warning: {error}; taking the next one, {left} more allowed", flush=True)
+                log(f"warning: {error}; taking the next one, {left} more allowed", every_rank=True)

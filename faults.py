@@ -48,24 +48,22 @@ def exit_codes(*user_errors: type[Exception]) -> Iterator[None]:
         finish(3, "diverged", error)
     except (UserError, *user_errors) as error:
         finish(2, "failed", error)
+    except torch.cuda.OutOfMemoryError as error:
+        finish(2, "failed", UserError(f"{one_line(error)} Lower --batch-size and raise --accum-steps to match"))
     except Exception as error:
-        if isinstance(error, torch.cuda.OutOfMemoryError):
-            finish(2, "failed", UserError(f"{one_line(error)} Lower --batch-size and raise --accum-steps to match"))
-        elif lost_worker(error):
+        if lost_worker(error):
             advice = "use fewer --num_workers, more memory, or a longer --loader-timeout"
             finish(2, "failed", UserError(f"lost a data loading worker: {one_line(error)}: {advice}"))
-        elif lost_contact(error):
+        if lost_contact(error):
             finish(1, "failed" if rank() == 0 else None, UserError(f"lost another process: {one_line(error)}"))
-        else:
-            run_status.write("failed", rank=rank(), reason=one_line(error))
-            end_loader_workers()
-            raise
+        run_status.write("failed", rank=rank(), reason=one_line(error))
+        end_loader_workers()
+        raise
     end_loader_workers()
 
 
 def finish(code: int, status: str | None, error: BaseException) -> None:
     """Print the error, write the status and end the process."""
-    signal.setitimer(signal.ITIMER_REAL, 0)
     sys.unraisablehook = lambda _: None  # a half-built loader complains when it is deleted
     if rank() == 0 or code < 128:
         with contextlib.suppress(OSError):
@@ -106,6 +104,11 @@ def leave_distributed(code: int = 0) -> None:
         return
     if code == 0:
         dist.barrier()
+    end_process(code)
+
+
+def end_process(code: int) -> None:
+    """End the process and its loader workers at once, from any thread."""
     end_loader_workers()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, AttributeError):
@@ -122,23 +125,35 @@ class StopRequest:
     Before `between_steps` there is nothing to save and a signal raises Stopped at once. Afterwards calling the object
     at a step boundary returns the signal's number, or 0, on all ranks. With several processes the answer is that of
     the call before: the ranks exchange it while they compute, so no step waits for it.
+
+    A process that reaches no boundary within `GRACE`, because it waits for an image or another rank, is ended.
     """
 
     def __init__(self):
         self.noted, self.number, self.stepping = 0, 0, False
         self.group, self.pending = None, None
+        self.answered = threading.Event()
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
-        signal.signal(signal.SIGALRM, self._too_late)
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
 
     def _note(self, number, frame):
         self.noted = number
         if not self.stepping:
+            self.answered.set()
             raise Stopped(number)
-        signal.setitimer(signal.ITIMER_REAL, GRACE)
 
-    def _too_late(self, number, frame):
-        raise Stopped(self.noted, f": no step ended within {GRACE:g} s, so nothing was saved after the last checkpoint")
+    def _watch(self, reader: int) -> None:
+        """Wait for a signal in a thread: Python's handlers have to wait while the main thread is inside torch."""
+        number = os.read(reader, 1)[0]
+        if not self.answered.wait(GRACE - (rank() == 0)):  # rank 0 first, since it writes the status
+            late = f": no step ended within {GRACE:g} s, so nothing was saved after the last checkpoint"
+            with contextlib.suppress(SystemExit):
+                finish(128 + number, "preempted", Stopped(number, late))
+            end_process(128 + number)
 
     def between_steps(self, timeout: float = 1800.0) -> None:
         """Start to act on signals at step boundaries only; a collective. `timeout` is that of init_distributed."""
@@ -158,7 +173,7 @@ class StopRequest:
             work = dist.all_reduce(answer, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
             self.pending = work, answer
         if self.number:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            self.answered.set()
         return self.number
 
 
@@ -243,7 +258,8 @@ def init_distributed(
     chosen = _choose_device(device, size)
     if "RANK" not in os.environ:
         return chosen
-    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and _shared_store():
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # After a restart it still holds the addresses of the processes that ended (pytorch issue 135712).
         raise UserError("--max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the launcher's environment")
     limit = datetime.timedelta(seconds=timeout)
@@ -257,20 +273,16 @@ def init_distributed(
     return chosen
 
 
-def _shared_store() -> bool:
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-
 def _choose_device(name: str, size: int) -> torch.device:
     """Return the device of a name, checked against the machine, and make it current."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     with as_user_error(f"--device {name}: expected cuda, cuda:N or cpu: ", RuntimeError):
         device = torch.device(name)
-    if device.type not in ("cuda", "cpu"):
-        raise UserError(f"--device {name}: expected cuda, cuda:N or cpu")
     if device.type == "cpu":
         return device
+    if device.type != "cuda":
+        raise UserError(f"--device {name}: expected cuda, cuda:N or cpu")
     if device.index is not None and size > 1:
         raise UserError(f"--device {name} would put all {size} processes on one GPU: give --device cuda")
     index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index

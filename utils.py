@@ -282,7 +282,8 @@ class RunLog:
                 lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
                 kept = "".join(line for line in lines if _epoch_of(line) < start_epoch).encode()
                 write_atomically(self.path, lambda file: file.write(kept))
-            self.writer = SummaryWriter(str(self.folder), purge_step=start_epoch or None)
+            with warn_on(UnicodeError, "TensorBoard events are not written, because the folder's name is not UTF-8"):
+                self.writer = SummaryWriter(str(self.folder), purge_step=start_epoch or None)
 
     def epoch(self, stats: dict) -> None:
         """Append a line to log.txt and its numbers to TensorBoard; if the disk is full, warn and note the loss."""
@@ -343,14 +344,13 @@ class RunStatus:
     def write(self, status: str, **facts: Any) -> None:
         """Write the status from rank 0; a failure is written by the rank that failed.
 
-        When one rank fails, the launcher stops the others; that must not read as a preemption and requeue the job.
+        When one rank fails, the others lose it or are stopped by the launcher: the first failure stays.
         """
         if self.folder is None or (rank() != 0 and status != "failed"):
             return
         path = self.folder / "status.json"
         with contextlib.suppress(OSError):
-            failed = '"status": "failed"' in path.read_text() and path.stat().st_mtime >= self.began
-            if status == "preempted" and failed:
+            if '"status": "failed"' in path.read_text() and path.stat().st_mtime >= self.began:
                 return
         facts = {"status": status, **facts, "pid": os.getpid(), "host": socket.gethostname()}
         text = json.dumps(facts | {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}).encode()

@@ -7,6 +7,7 @@ executes main.py as `python main.py` would. `torchrun` starts the real launcher,
 import atexit
 import json
 import os
+import re
 import runpy
 import signal
 import socket
@@ -116,8 +117,8 @@ def codes(runs, timeout=90):
     return [run.code(timeout) for run in runs]
 
 
-def torchrun(*flags, ranks=2, launcher=(), before=""):
-    """Starts main.py under torch.distributed.run, whose own flags are `launcher`; `before` as in `fork`."""
+def torchrun(*flags, ranks=2, launcher=(), before="", env=None):
+    """Start main.py under torch.distributed.run, whose own flags are `launcher`; `before` and `env` as in `fork`."""
     folder = Path(tempfile.mkdtemp(dir=server.home))
     workers_only = f"import os\nif 'RANK' in os.environ:\n    exec({before!r}, {{}})\n"
     (folder / "sitecustomize.py").write_text(workers_only)
@@ -127,25 +128,36 @@ def torchrun(*flags, ranks=2, launcher=(), before=""):
             [*command, str(ROOT / "main.py"), *map(str, flags)],
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder), **(env or {})},
         )
     return LauncherRun(folder, process)
 
 
-def strike(number, *, step, training=True, rank=None):
-    """Statements for `fork`'s `before`: the process sends itself a signal in the student's step-th forward from now.
+def status(folder):
+    return json.loads((folder / "status.json").read_text())
+
+
+def errors(runs):
+    """Return the lines of all ranks that report an error."""
+    lines = [line for run in runs for line in run.text.splitlines()]
+    return [line for line in lines if re.match(r"(\[rank \d+\] )?error: ", line)]
+
+
+def strike(number, *, step, training=True, rank=None, kind="VisionTransformer"):
+    """Return statements for `fork`'s `before`: the process sends itself a signal in a forward of the student.
 
     Args:
-        step: from 0 on, counted over all training (or evaluation) batches that this process sees.
-        training: count training batches; otherwise those of evaluation, the check of the input size (one) among them.
+        step: the forward, counted from 0 over all training (or evaluation) batches that this process gets.
+        training: count training batches; otherwise those of evaluation, after one for the check of the input size.
         rank: only on this one, or None for all.
+        kind: class of the student.
     """
     return f"""
 import os, torch
 seen = 0
 def count(module, args):
     global seen
-    if type(module).__name__ == "VisionTransformer" and module.training == {training}:
+    if type(module).__name__ == {kind!r} and module.training == {training}:
         if seen == {step}:
             os.kill(os.getpid(), {int(number)})
         seen += 1
