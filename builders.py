@@ -165,7 +165,7 @@ def match_outputs(classes: list[str], model: nn.Module, name: str, known: list[s
         imagenet = models.class_names(model, name, True, model.num_classes)
         known = imagenet if imagenet and set(classes) <= set(imagenet) else None
     if known is None:
-        if len(classes) > model.num_classes:
+        if len(classes) != model.num_classes:
             raise UserError(f"{what} has {model.num_classes} classes without names, the data set {len(classes)}")
         log(f"{what} does not name its classes: they are matched by position")
         return None
