@@ -54,7 +54,7 @@ WITHOUT = {
     "torchvision": set(MAY_IMPORT) - {"datasets"},
 }
 # The argparse Namespace ends here; everything else takes plain values.
-READS_ARGS = {"main", "builders", "checkpoint", "flags", "analyze", "verify", "tables"}
+READS_ARGS = {"main", "builders", "checkpoint", "scoring", "flags", "analyze", "verify", "tables"}
 MODULES = {path.stem: ast.parse(path.read_text()) for path in ROOT.glob("*.py")}
 DOCUMENTS = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
 # Named in the documents and still to be written.
@@ -116,7 +116,9 @@ def test_every_flag_is_read():
 
     recorder = Recorder(flags.get_args_parser().parse_args([]))
     optimizer_kwargs(recorder), scheduler_kwargs(recorder)
-    read = recorder.read.union(*(attributes_of_args(MODULES[name]) for name in ("main", "builders", "checkpoint")))
+    read = recorder.read.union(
+        *(attributes_of_args(MODULES[name]) for name in ("main", "builders", "checkpoint", "scoring"))
+    )
     refused = {flag.lstrip("-").replace("-", "_") for flag in flags.NOT_SUPPORTED}
     known = {action.dest for action in flags.get_args_parser()._actions}
     assert known - read == {"help", *refused}
