@@ -283,6 +283,7 @@ class CheckpointFolder:
         self.folder = Path(folder)
         self.failures = 0
         self.latest_damaged = False
+        self.lock: FolderLock | None = None
         self.best_lost: int | None = None  # the best epoch, if its weights could not be written
 
     def files(self) -> list[Path]:

@@ -366,7 +366,7 @@ class Prepare(nn.Module):
         return self.erase(images) if self.erase and self.training else images
 
 
-def check_images(dataset: Dataset, num: int = 32) -> None:
+def check_images(dataset: Any, num: int = 32) -> None:
     """Decode an evenly spaced sample of the image files of a data set.
 
     Raises:

@@ -38,7 +38,8 @@ def exit_codes(*user_errors: type[Exception]) -> Iterator[None]:
     """
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:  # closed by the parent
-            stream.reconfigure(errors="backslashreplace")  # names that the terminal cannot encode
+            # Escape names that the terminal cannot encode.
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         yield
     except (Stopped, KeyboardInterrupt) as stop:

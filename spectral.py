@@ -156,7 +156,9 @@ class FeatureHooks:
     def __init__(self, model: nn.Module, ids: Iterable[int] = ()):
         self.ids = list(ids)
         self._channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
-        self._image_size, self._maps, self._handles = None, None, []
+        self._image_size: tuple[int, int] | None = None
+        self._maps: dict[int, Tensor] | None = None
+        self._handles: list = []
         if not self.ids:
             return
         name, blocks, modules = type(model).__name__, describe_blocks(model), dict(model.named_modules())

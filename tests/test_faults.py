@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_run
+from conftest import jpeg_folder, tiny_run
 from PIL import Image
 from processes import alive, codes, descendants, errors, fork, status, strike, torchrun, until
 from torch import nn
@@ -590,12 +590,7 @@ def test_output_folder_whose_name_is_not_unicode_works(tmp_path):
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     """Return an IMNET folder of 2 classes x 16 images; train/ant/3.jpg is text."""
-    root = tmp_path_factory.mktemp("images")
-    for split in ("train", "val"):
-        for name in ("ant", "bee"):
-            (root / split / name).mkdir(parents=True)
-            for i in range(16):
-                Image.new("RGB", (40, 30), (16 * i, 90, 120)).save(root / split / name / f"{i}.jpg")
+    root = jpeg_folder(tmp_path_factory.mktemp("images"), images=16)
     (root / "train" / "ant" / "3.jpg").write_text("no image")
     return root
 
