@@ -33,16 +33,6 @@ def assert_same_model(file, weights, num_classes):
     torch.testing.assert_close(model.state_dict(), weights, rtol=0, atol=0)
 
 
-@pytest.mark.slow
-def test_weights_and_ema_of_a_run_are_exported(tmp_path, teacher_file):
-    run = tmp_path / "run"
-    main.main(parse_args(tiny_run("--output_dir", run, "--model-ema-decay", 0.5, *distil(teacher_file))))
-    checkpoint = torch.load(run / "model_best.pth", weights_only=True)
-    assert any(not torch.equal(checkpoint["model"][k], v) for k, v in checkpoint["model_ema"].items())
-    assert_same_model(export(run / "model_best.pth", tmp_path / "student"), checkpoint["model"], 24)
-    assert_same_model(export(run / "model_best.pth", tmp_path / "ema", "--eval-ema"), checkpoint["model_ema"], 24)
-
-
 def test_a_checkpoint_of_the_original_exports(tmp_path):
     """It holds a Namespace, and names as DistributedDataParallel has them."""
     weights = timm.create_model(DEIT, num_classes=3, **KWARGS).state_dict()
