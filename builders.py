@@ -165,8 +165,9 @@ def match_outputs(classes: list[str], model: nn.Module, name: str, known: list[s
         imagenet = models.class_names(model, name, True, model.num_classes)
         known = imagenet if imagenet and set(classes) <= set(imagenet) else None
     if known is None:
-        if len(classes) > model.num_classes:
-            raise UserError(f"{what} has {model.num_classes} classes without names, the data set {len(classes)}")
+        if len(classes) != model.num_classes:
+            counts = f"{what} is for {model.num_classes} classes, which it does not name, and the data set has"
+            raise UserError(f"{counts} {len(classes)}: give weights for these classes")
         log(f"{what} does not name its classes: they are matched by position")
         return None
     with as_user_error(f"{what}: ", ValueError):
@@ -205,7 +206,9 @@ def build_teacher(args: argparse.Namespace, classes: list[str], device: torch.de
         index = match_outputs(classes, model, args.teacher_model, known, what)
         outputs = model.num_classes if index is None else len(index)
         if outputs != student.num_classes:
-            raise UserError(f"{what} gives {outputs} logits, the student {student.num_classes}: they must be the same")
+            raise UserError(
+                f"{what} gives {outputs} logits and the student {student.num_classes}: leave --num-classes out"
+            )
     if size != args.input_size:
         log(f"{what} takes images of {size} pixels: the student's, of {args.input_size} pixels, are resized for it")
     scale, shift = losses.renormalization(models.normalization(student), models.normalization(model), device)
