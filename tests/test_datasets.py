@@ -5,6 +5,7 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import pickle
 import random
 import re
