@@ -166,8 +166,7 @@ def match_outputs(classes: list[str], model: nn.Module, name: str, known: list[s
         known = imagenet if imagenet and set(classes) <= set(imagenet) else None
     if known is None:
         if len(classes) != model.num_classes:
-            counts = f"{what} is for {model.num_classes} classes, which it does not name, and the data set has"
-            raise UserError(f"{counts} {len(classes)}: give weights for these classes")
+            raise UserError(f"{what} has {model.num_classes} classes without names, the data set {len(classes)}")
         log(f"{what} does not name its classes: they are matched by position")
         return None
     with as_user_error(f"{what}: ", ValueError):

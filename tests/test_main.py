@@ -103,6 +103,17 @@ def test_eval_prints_the_accuracy_of_training(distilled, evaluation, processes):
     assert scores(done.stdout)[0][0] == "49"
 
 
+def test_eval_takes_model_and_data_from_the_checkpoint(distilled):
+    stats = run("--eval", "--resume", distilled[0] / "checkpoint.pth", "--device", "cpu", "--num_workers", 0)
+    assert f"{stats['acc1']:.3f}" == scores(distilled[1])[-1][1]
+
+
+def test_run_args_repeats_the_run(distilled):
+    repeated = vars(parse_args([f"@{distilled[0] / 'run.args'}"]))
+    arguments = json.loads((distilled[0] / "args.json").read_text())
+    assert arguments | {"world_size": None} == repeated
+
+
 def test_eval_accepts_the_whole_training_command(distilled, evaluation, teacher_file):
     stats = run(*distil(teacher_file), *evaluation)
     assert f"{stats['acc1']:.3f}" == scores(distilled[1])[-1][1]
@@ -202,8 +213,8 @@ def digits(tmp_path_factory):
 
 
 def test_teacher_and_student_learn_handwritten_digits(digits, tmp_path):
-    common = ["--data-path", digits, "--input-size", 32, "--num_workers", 0, "--device", "cpu", "--batch-size", 16]
-    common += ["--model", "resnet18", "--epochs", 4, "--warmup-epochs", 0, "--lr", 0.1, "--no-repeated-aug"]
+    common = ["--data-path", digits, "--input-size", 32, "--num_workers", 0, "--device", "cpu", "--batch-size", 32]
+    common += ["--model", "resnet18", "--epochs", 4, "--warmup-epochs", 0, "--lr", 0.2, "--no-repeated-aug"]
     common += ["--aa", "none", "--color-jitter", 0, "--reprob", 0, "--no-model-ema"]
     wide, narrow = "channels=(16,16,32,32)", "channels=(8,8,16,16)"
     teacher, student = tmp_path / "teacher", tmp_path / "student"
