@@ -41,14 +41,15 @@ class TrainState:
     Attributes:
         model: the bare student; `parallel` is what the training step calls, compiled and in DDP where asked.
         optimizer, scheduler, scaler, ema: of torch and timm; `ema` may be None.
+        criterion: the loss, whose parameters are trained without DDP (`engine.optimizer_step`); None if it has none.
         epoch, step: the epoch in progress and the batches done in it.
         trained: whether all batches of the epoch are done, so that only its validation is left.
         meter: the sums of the epoch so far.
         best_accuracy, best_epoch: percent, and the epoch that reached it; -1 before the first validation.
     """
 
-    def __init__(self, model: nn.Module, optimizer, scheduler, scaler, ema, terms: list[str]):
-        self.model, self.parallel = model, model
+    def __init__(self, model: nn.Module, optimizer, scheduler, scaler, ema, terms: list[str], criterion=None):
+        self.model, self.parallel, self.criterion = model, model, criterion or nn.Module()
         self.optimizer, self.scheduler, self.scaler, self.ema = optimizer, scheduler, scaler, ema
         self.terms = terms
         self.best_accuracy, self.best_epoch = 0.0, -1
@@ -77,6 +78,7 @@ class TrainState:
             "lr_scheduler": None,  # a schedule is a function of the epoch
             "scaler": self.scaler.state_dict(),
             "model_ema": self.ema.module.state_dict() if self.ema is not None else None,
+            "criterion": self.criterion.state_dict(),
             "epoch": self.epoch - 1,
             "step": self.step,
             "trained": self.trained,
@@ -113,6 +115,7 @@ class TrainState:
         load_exactly(self.model, weights)
         self._load_optimizer(checkpoint["optimizer"], fresh=checkpoint["epoch"] < 0)
         self.model.load_state_dict(weights)  # the check of the optimizer has made a step
+        load_exactly(self.criterion, checkpoint.get("criterion", {}))
         if checkpoint.get("scaler") and self.scaler.state_dict():
             self.scaler.load_state_dict(checkpoint["scaler"])
         if self.ema is not None and checkpoint.get("model_ema"):
@@ -178,7 +181,7 @@ def load_exactly(model: nn.Module, weights: dict) -> None:
     odd = sorted(own.keys() ^ weights.keys())
     odd += [name for name in own if name in weights and own[name].shape != weights[name].shape]
     if odd:
-        raise UserError(f"--resume: the file is of another model or image size ({odd[0]}): use --finetune")
+        raise UserError(f"--resume: the file is of another model, image size or loss ({odd[0]}): use --finetune")
     model.load_state_dict(weights)
 
 

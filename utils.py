@@ -151,6 +151,18 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def set_numerics(deterministic: bool) -> None:
+    """Choose the precision and kernels of GPUs: TF32 and benchmarked convolutions, or deterministic ones."""
+    import torch
+
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.set_float32_matmul_precision("highest" if deterministic else "high")
+    torch.backends.cudnn.allow_tf32 = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
 def counter_seed(*counters: int) -> int:
     """Mix integers into a 63-bit seed with SplitMix64; every value and its position matter."""
     state = 0
@@ -243,11 +255,21 @@ class RunLog:
         folder: output folder; empty to write nothing.
         arguments: the run's flags, for args.json.
         start_epoch: lines of this epoch and later ones are dropped, because a resumed run writes them again.
+        wandb_project: Weights & Biases project to log to as well; empty for none.
     """
 
-    def __init__(self, folder: str | Path, arguments: dict, start_epoch: int = 0):
+    def __init__(self, folder: str | Path, arguments: dict, start_epoch: int = 0, wandb_project: str = ""):
         self.folder = Path(folder) if folder and rank() == 0 else None
-        self.writer, self.lost = None, []
+        self.writer, self.wandb, self.lost = None, None, []
+        if wandb_project and rank() == 0:
+            with as_user_error("--wandb: ", Exception):
+                import wandb
+
+                # The id makes a resumed run continue its own curves.
+                name = Path(folder).resolve().name if folder else None
+                identity = f"{counter_seed(*str(Path(folder).resolve()).encode()):016x}" if folder else None
+                options = {"name": name, "id": identity, "resume": "allow", "dir": folder or None}
+                self.wandb = wandb.init(project=wandb_project, config=arguments, **options)
         if self.folder is None:
             return
         from torch.utils.tensorboard import SummaryWriter  # takes seconds and is needed on rank 0 only
@@ -265,6 +287,8 @@ class RunLog:
 
     def epoch(self, stats: dict) -> None:
         """Append a line to log.txt and its numbers to TensorBoard; if the disk is full, warn and note the loss."""
+        if self.wandb is not None:
+            self.wandb.log(stats, step=stats["epoch"])
         if self.folder is None:
             return
         line = (json.dumps(stats) + "\n").encode()
@@ -289,16 +313,12 @@ class RunLog:
                 log(f"warning: TensorBoard events are not written any more: {error}")
 
     def close(self) -> None:
-        """Close the TensorBoard file.
-
-        Raises:
-            UserError: lines of log.txt could not be written.
-        """
+        """Close the loggers."""
         if self.writer is not None:
             with warn_on(OSError, "TensorBoard events not written"):
                 self.writer.close()
-        if self.lost:
-            raise UserError(f"log.txt lacks epochs {self.lost}, because they could not be written")
+        if self.wandb is not None:
+            self.wandb.finish()
 
 
 def _epoch_of(line: str) -> float:

@@ -7,6 +7,8 @@ import sys
 import pytest
 from conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["--batch-size", "2", "--input-size", "64"]
 RUNS = {
     "loss.py": ["--batch-size", "2"],

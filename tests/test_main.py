@@ -11,7 +11,11 @@ from conftest import STUDENT, distil, run_main, tiny_run
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import builders
+import datasets
 import main
+import samplers
+from flags import key_values, parse_args
 
 LOG_KEYS = {
     *("train_lr", "train_loss", "train_loss_base", "train_loss_fft", "train_loss_dist"),
@@ -21,7 +25,7 @@ LOG_KEYS = {
 
 def run(*flags):
     """Runs main in this process."""
-    return main.main(main.parse_args(list(map(str, flags))))
+    return main.main(parse_args(list(map(str, flags))))
 
 
 def scores(text):
@@ -39,6 +43,7 @@ def distilled(tmp_path_factory, teacher_file):
     return folder, done.stdout
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_write_everything(distilled):
     folder, printed = distilled
     lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
@@ -63,6 +68,7 @@ def test_two_processes_train_and_write_everything(distilled):
     assert arguments["world_size"] == 2
 
 
+@pytest.mark.slow
 def test_tensorboard_holds_every_number_of_the_log(distilled):
     folder, _ = distilled
     events = EventAccumulator(str(folder))
@@ -75,6 +81,7 @@ def test_tensorboard_holds_every_number_of_the_log(distilled):
 
 
 @pytest.mark.parametrize("processes", [0, 2])
+@pytest.mark.slow
 def test_eval_prints_the_accuracy_that_training_printed(distilled, processes):
     folder, printed = distilled
     flags = tiny_run("--gratings-sizes", 96, 49, "--eval", "--resume", folder / "checkpoint.pth")
@@ -84,12 +91,14 @@ def test_eval_prints_the_accuracy_that_training_printed(distilled, processes):
     assert scores(printed)[-1][0] == "49"
 
 
+@pytest.mark.slow
 def test_eval_takes_the_training_command_as_it_was(distilled, teacher_file):
     folder, printed = distilled
     flags = tiny_run(*distil(teacher_file), "--gratings-sizes", 96, 49, "--eval", "--resume", folder / "checkpoint.pth")
     assert f"{run(*flags)['acc1']:.3f}" == scores(printed)[-1][1]
 
 
+@pytest.mark.slow
 def test_eval_ema_scores_the_moving_average(distilled):
     folder, _ = distilled
     flags = tiny_run("--gratings-sizes", 96, 49, "--eval", "--resume", folder / "checkpoint.pth")
@@ -97,13 +106,13 @@ def test_eval_ema_scores_the_moving_average(distilled):
 
 
 def test_the_copies_of_an_image_are_augmented_differently_on_two_processes():
-    args = main.parse_args(tiny_run())
+    args = parse_args(tiny_run())
     batches = []
     for rank in range(2):
-        dataset, _ = main.build_datasets(args)
-        order = main.samplers.RASampler(dataset, 2, rank)
-        sampler = main.samplers.SeededSampler(order, args.seed, rank)
-        seeded = main.datasets.SeededDataset(dataset)
+        dataset, _ = builders.build_datasets(args)
+        order = samplers.RASampler(dataset, 2, rank)
+        sampler = samplers.SeededSampler(order, args.seed, rank)
+        seeded = datasets.SeededDataset(dataset)
         batches.append([(key[0], seeded[key][0]) for key in list(sampler)[:4]])
     copies = [(a, b) for i, a in batches[0] for j, b in batches[1] if i == j]
     assert copies
@@ -119,6 +128,7 @@ def test_a_dry_run_says_what_was_built_and_writes_nothing(teacher_file, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_finetune_replaces_a_head_of_another_class_count(distilled, tmp_path, capsys):
     folder, _ = distilled
     run(*tiny_run("--finetune", folder / "model_best.pth", "--num-classes", 30, "--output_dir", tmp_path, "--lr", 0))
@@ -129,12 +139,13 @@ def test_finetune_replaces_a_head_of_another_class_count(distilled, tmp_path, ca
     assert len(after["head.weight"]) == 30
 
 
+@pytest.mark.slow
 def test_a_distilled_student_learns_from_labels_on_one_head_and_the_teacher_on_the_other(teacher_file, tmp_path):
     flags = tiny_run(*distil(teacher_file), "--model", "deit_tiny_distilled_patch16_224", "--output_dir", tmp_path)
     run(*flags, "--distillation-type", "hard", "--lr", "0.01")
     weights = torch.load(tmp_path / "checkpoint.pth", weights_only=True)["model"]
     assert not torch.equal(weights["head.bias"], weights["head_dist.bias"])
-    model = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=24, **main.key_values(STUDENT)).eval()
+    model = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=24, **key_values(STUDENT)).eval()
     model.load_state_dict(weights)
     images = torch.rand(2, 3, 32, 32)
     features = model.forward_features(images)
@@ -155,13 +166,14 @@ def test_a_distilled_student_learns_from_labels_on_one_head_and_the_teacher_on_t
         ),
     ],
 )
+@pytest.mark.slow
 def test_any_pair_of_families_trains(student, teacher, ids, tmp_path, capsys):
     flags = []
     for kind, (name, *kwargs) in (("", student.split()), ("teacher-", teacher.split())):
         name_flag, kwargs_flag = f"--{kind}model", "--teacher-kwargs" if kind else "--model-kwargs"
         torch.manual_seed(0)
         fixed = ["img_size=64"] if "resnet" not in name else []
-        model = timm.create_model(name, num_classes=24, **main.key_values(kwargs + fixed))
+        model = timm.create_model(name, num_classes=24, **key_values(kwargs + fixed))
         flags += [name_flag, name, kwargs_flag, *kwargs]
     torch.save(model.state_dict(), tmp_path / "teacher.pth")
     ids = ids.split()
@@ -190,6 +202,7 @@ def digits(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_a_teacher_and_a_spectral_student_learn_real_handwritten_digits(digits, tmp_path):
     common = ["--data-path", digits, "--input-size", 32, "--num_workers", 0, "--device", "cpu", "--batch-size", 16]
     common += ["--model", "resnet18", "--epochs", 4, "--warmup-epochs", 0, "--lr", 0.1, "--no-repeated-aug"]

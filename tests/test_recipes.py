@@ -1,5 +1,6 @@
 """The recipes give the published settings, differ from their controls in what they should, and build."""
 
+import json
 import re
 import shlex
 
@@ -10,8 +11,9 @@ from conftest import ROOT
 from PIL import Image
 
 import main
-import tables
+from flags import key_values, parse_args
 
+RESULTS = json.loads((ROOT / "recipes" / "published.json").read_text())["results"]
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.args"))
 
 # The published command lines as they stand.
@@ -66,7 +68,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def read(images):
-    return lambda recipe, *more: main.parse_args(
+    return lambda recipe, *more: parse_args(
         [f"@recipes/{recipe}.args", "--data-path", str(images), "--device", "cpu", *more]
     )
 
@@ -81,7 +83,7 @@ def differences(a, b):
 @pytest.mark.parametrize("recipe", PUBLISHED)
 def test_a_recipe_is_its_published_command_line(recipe, read, images):
     flags = shlex.split(PUBLISHED[recipe].replace("ILSVRC2012", str(images)))[1:]
-    published = main.parse_args([*flags, "--device", "cpu"])
+    published = parse_args([*flags, "--device", "cpu"])
     assert differences(published, read(recipe, "--num_workers", "16", "--output_dir", published.output_dir)) == {}
     assert published.s_id  # that is, the flags were understood
 
@@ -97,7 +99,7 @@ def test_a_control_differs_from_the_method_in_what_it_controls_for_alone(recipe,
     assert differences(soft, method) == {"w_fft": (0, weight), "s_id": ([], method.s_id), "t_id": ([], method.t_id)}
     plain = differences(read(f"{recipe}_no_teacher"), soft)
     plain.pop("teacher_model", None)  # without a teacher its default is not read
-    assert plain.pop("w_fft") == (0.2, 0)  # likewise
+    assert plain.pop("w_fft") == (0.2, 0)  # nor is this
     assert plain == {"distillation_type": ("none", "soft"), "distillation_alpha": (0.5, 0.9)}
     assert soft.teacher_model == TEACHERS[kind]
 
@@ -105,7 +107,7 @@ def test_a_control_differs_from_the_method_in_what_it_controls_for_alone(recipe,
 @pytest.mark.parametrize("student", ["deit_tiny", "deit_small"])
 def test_deits_own_recipes_are_deits(student, read):
     scratch, hard = read(f"{student}_baseline"), read(f"{student}_hard_distilled")
-    defaults = main.parse_args(["--data-path", scratch.data_path, "--device", "cpu"])
+    defaults = parse_args(["--data-path", scratch.data_path, "--device", "cpu"])
     deits = {"batch_size": 512, "drop_path": 0.1, "mixup": 0.8, "cutmix": 1.0, "epochs": 300}
     assert {name: value for name, (value, _) in differences(scratch, defaults).items()} | {"epochs": 300} == deits | (
         {"model": "deit_small_patch16_224"} if student == "deit_small" else {}
@@ -120,25 +122,56 @@ def test_deits_own_recipes_are_deits(student, read):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipe_says_its_reasons_batch_cost_and_what_was_published(recipe, read):
+def test_a_recipe_explains_its_flags_batch_cost_and_source(recipe, read):
     lines = (ROOT / "recipes" / f"{recipe}.args").read_text().splitlines()
     flags = [line for line in lines if line.startswith("--")]
     assert [line for line in flags if not re.search(r"  # \w", line)] == []
     header = " ".join(line for line in lines if line.startswith("#"))
-    batch = re.search(r"Global batch: 2 processes x (\d+) = (\d+)", header)
-    assert int(batch[1]) == read(recipe).batch_size
-    assert int(batch[2]) == 2 * int(batch[1])
-    assert "Cost" in header
-    assert "ublished" in header
-    assert "not measured yet" in header
+    processes, size, batch = map(int, re.search(r"Global batch: (\d+) processes x (\d+) = (\d+)", header).groups())
+    assert (size, batch) == (read(recipe).batch_size, processes * size)
+    assert all(word in header for word in ("Cost", "ublished", "not measured yet"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipe_quotes_the_number_that_the_table_shows(recipe, read):
+def test_a_recipe_quotes_its_published_number(recipe, read):
     text = (ROOT / "recipes" / f"{recipe}.args").read_text()
-    quoted = re.search(r"Published top-1: ([\d.]+) \((.*?)\)", text)
-    known = tables.settings(vars(read(recipe)) | {"world_size": 2})
-    assert tables.published(known) == ((float(quoted[1]), quoted[2]) if quoted else (None, None))
+    quoted = re.findall(r"Published top-1: ([\d.]+) \((.*?)\)", text)
+    rows = [row for row in RESULTS if row["recipe"] == recipe]
+    assert quoted == [(f"{row['best']}", row["source"]) for row in rows]
+    for row in rows:
+        args, processes = read(recipe), int(re.search(r"Global batch: (\d+)", text)[1])
+        assert (args.epochs, args.batch_size * processes) == (row["epochs"], row["global_batch"])
+        assert (args.distillation_type == "none") == (row["teacher"] is None)
+
+
+def test_published_rows_hold_every_log_and_name_existing_recipes():
+    logs = [row["log"] for row in RESULTS if row["log"]]
+    assert len(logs) == len(set(logs)) == 11
+    assert {row["recipe"] for row in RESULTS} - {None} <= set(RECIPES)
+    for row in RESULTS:
+        assert row["source"]
+        assert 60 < row["best"] < 90
+        assert row["last"] is None or row["last"] <= row["best"]
+
+
+@pytest.mark.parametrize("student", ["lift", "widelast"])
+def test_later_recipes_differ_from_deit_tinys_in_the_student_alone(student, read):
+    model = {"model": (f"deit_tiny_{student}_patch16_224", "deit_tiny_patch16_224")}
+    for own, later in (("no_teacher", "no_teacher"), ("soft_kd", "soft_kd"), ("spectral", "spectral_last")):
+        assert differences(read(f"{student}_{own}"), read(f"later_{later}")) == model
+    mse, only = read(f"{student}_mse"), read(f"{student}_mse_only")
+    assert differences(mse, read(f"{student}_spectral")) == {"feature_loss": ("mse_plain", "spectral")}
+    assert differences(only, mse) == {"distillation_alpha": (0, 0.9)}
+
+
+def test_later_recipes_pair_the_published_blocks(read):
+    pairs = {"first": ([0], [0]), "first_last": ([0, 11], [0, 23]), "last": ([11], [23])}
+    for where, (s_id, t_id) in pairs.items():
+        spectral, projector = read(f"later_spectral_{where}"), read(f"later_projector_{where}")
+        assert (spectral.s_id, spectral.t_id, spectral.w_fft) == (s_id, t_id, 0.2)
+        assert differences(projector, spectral) == {"feature_loss": ("projector", "spectral")}
+    last_8 = read("later_spectral_last_8")
+    assert (last_8.s_id, last_8.t_id) == (list(range(4, 12)), list(range(16, 24)))
 
 
 @pytest.fixture(scope="module")
@@ -146,13 +179,14 @@ def teacher_files(tmp_path_factory):
     """{teacher: file of random weights of its narrow version}."""
     root, files = tmp_path_factory.mktemp("teachers"), {}
     for name in (*TEACHERS.values(), "regnety_160.deit_in1k"):
-        model = timm.create_model(name, num_classes=2, **main.key_values(small(name)))
+        model = timm.create_model(name, num_classes=2, **key_values(small(name)))
         files[name] = root / f"{name}.pth"
         torch.save(model.state_dict(), files[name])
     return files
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.slow
 def test_a_recipe_builds_and_takes_a_step(recipe, read, teacher_files, capsys):
     args = read(recipe)
     more = ["--dry-run", "--batch-size", "2", "--num_workers", "0", "--model-kwargs", *small(args.model)]

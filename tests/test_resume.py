@@ -18,6 +18,8 @@ from weights import load_checkpoint
 
 pytestmark = pytest.mark.slow
 
+pytestmark = pytest.mark.slow
+
 TIMING = ("seconds", "images_per_second")
 EVERYTHING = (  # all that is random, and all that has a state
     *("--epochs", 3, "--batch-size", 8, "--accum-steps", 2, "--unscale-lr", "--lr", "1e-3", "--model-ema-decay", 0.9),

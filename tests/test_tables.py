@@ -1,4 +1,4 @@
-"""The table shows what the logs hold, compares only what may be compared, and says what it cannot read."""
+"""tables.py shows what the logs hold, compares only what may be compared, and names what it cannot read."""
 
 import csv
 import io
@@ -7,66 +7,80 @@ import subprocess
 import sys
 
 import pytest
-import timm
+import timm.scheduler
 import torch
 from conftest import ROOT, STUDENT, TEACHER, tiny_run
 from PIL import Image
 
-import main
+import flags
+import plots
 import tables
 
-RUN = ["--data-set", "GRATINGS", "--model", "deit_tiny_patch16_224", "--epochs", "3", "--device", "cpu"]
+RUN = ["--data-set", "GRATINGS", "--device", "cpu", "--epochs", "3", "--warmup-epochs", "0"]
 SOFT = ["--distillation-type", "soft", "--distillation-alpha", "0.9", "--w-fft", "0"]
 SPECTRAL = [*SOFT, "--s-id", "0", "11", "--t-id", "0", "23", "--w-fft", "0.2"]
 
 
 def log_line(epoch, top1, **more):
-    """A line with the keys of the original program."""
+    """Return a line with the keys of the original program."""
     terms = {"train_loss": 1.5, "train_loss_base": 0.5, "train_loss_fft": 0.0, "train_loss_dist": 1.0}
     test = {"test_loss": 1.0, "test_acc1": top1, "test_acc5": 95.0}
     return json.dumps({"train_lr": 1e-3, **terms, **test, "epoch": epoch, "n_parameters": 5717416, **more}) + "\n"
 
 
 @pytest.fixture
-def write(tmp_path, capsys):
-    """Writes a run's folder from its top-1 of each epoch and its flags, and returns it."""
+def write(tmp_path):
+    """Write a run's folder from its top-1 of each epoch and its flags, and return it."""
 
-    def write_run(name, top1, *flags, world_size=1, **more):
+    def write_run(name, top1, *more_flags, world_size=1, args=None, **more):
         folder = tmp_path / name
         folder.mkdir()
-        args = vars(main.parse_args([*RUN, *map(str, flags)])) | {"world_size": world_size}
-        (folder / "args.json").write_text(json.dumps(args))
+        stored = vars(flags.parse_args([*RUN, *map(str, more_flags)])) | {"world_size": world_size} | (args or {})
+        (folder / "args.json").write_text(json.dumps(stored))
         (folder / "log.txt").write_text("".join(log_line(i, value, **more) for i, value in enumerate(top1)))
-        capsys.readouterr()  # what the flags' check had to say
         return folder
 
     return write_run
 
 
 @pytest.fixture
-def table(capsys):
-    """Rows of the table as JSON, by the name of the run."""
+def show(capsys):
+    """Return stdout and stderr of tables.py."""
 
-    def read(*paths):
+    def run(*arguments, code=0):
         capsys.readouterr()
-        assert tables.main(["--json", *map(str, paths)]) == 0
-        return {row["run"]: row for row in json.loads(capsys.readouterr().out)}
+        assert tables.main([*map(str, arguments)]) == code
+        return capsys.readouterr()
 
-    return read
+    return run
 
 
-def test_best_last_and_mean_of_the_last_ten(write, table):
-    long, short = write("long", [90, *range(10, 22)], "--epochs", 13), write("short", [30, 50, 40])
-    rows = table(long, short)
+@pytest.fixture
+def table(show):
+    """Return the rows of the table by the name of the run."""
+    return lambda *paths: {row["run"]: row for row in json.loads(show("--json", *paths).out)}
+
+
+def cells(markdown):
+    """Return the cells of a Markdown table, as one dict per row, by the name of the run."""
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    return {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+
+
+# Rows
+
+
+def test_best_last_and_mean_of_last_ten(write, table):
+    rows = table(write("long", [90, *range(10, 22)], "--epochs", 13), write("short", [30, 50, 40]))
     assert [rows["long"][name] for name in ("best", "last", "last10")] == [90, 21, 16.5]
     assert [rows["short"][name] for name in ("best", "last", "last10")] == [50, 40, None]
 
 
-def test_runs_that_differ_in_their_seed_are_one_row_with_mean_and_sample_deviation(write, table):
+def test_seeds_share_a_row_with_mean_and_sample_deviation(write, table):
     runs = [write(f"run_{seed}", [10, 20, top1], "--seed", seed) for seed, top1 in enumerate((60, 62, 67))]
     row = table(*runs)["run_*"]
-    assert row["seeds"] == [0, 1, 2]
-    assert row["best"] == pytest.approx(63)
+    assert (row["seeds"], row["best"]) == ([0, 1, 2], pytest.approx(63))
     assert row["best_std"] == pytest.approx(13**0.5)  # (9 + 1 + 16) / 2
 
 
@@ -75,12 +89,12 @@ def test_the_same_seed_twice_has_no_spread(write, table):
     assert (row["seeds"], row["best"], row["best_std"]) == ([0, 0], 60.5, None)
 
 
-def test_a_run_that_is_named_twice_counts_once(write, table):
+def test_a_run_named_twice_counts_once(write, table):
     run = write("run", [1, 2, 60])
     assert table(run, run / "log.txt", f"{run}/../run")["run"]["seeds"] == [0]
 
 
-def test_gains_are_over_the_controls_with_the_error_of_the_difference(write, table):
+def test_gains_and_the_error_of_the_difference(write, table):
     for seed, (none, soft, spectral) in enumerate([(50, 60, 61), (52, 60, 65)]):
         write(f"none_{seed}", [1, 2, none], "--seed", seed)
         write(f"soft_{seed}", [1, 2, soft], "--seed", seed, *SOFT)
@@ -94,80 +108,74 @@ def test_gains_are_over_the_controls_with_the_error_of_the_difference(write, tab
     assert rows["spectral_*"]["gain_soft_kd_se"] == pytest.approx(2)
 
 
+COUNTS = ["--lr 1e-3", "--epochs 2", "--batch-size 128", "--drop-path 0.1", "--aa none", "--no-repeated-aug"]
+COUNTS += ["--amp-dtype bfloat16", "--model deit_small_patch16_224", "--model-kwargs embed_dim=24"]
+COUNTS += ["--gratings-sizes 100 100"]
+
+
+@pytest.mark.parametrize("other", COUNTS)
+def test_a_control_must_agree_in_what_counts(other, write, table):
+    rows = table(write("none", [1, 2, 50], *other.split()), write("soft", [1, 2, 60], *SOFT))
+    assert rows["soft"]["gain_no_teacher"] is None
+
+
 @pytest.mark.parametrize(
-    ("other", "counts"),
-    [
-        (["--lr", 1e-3], True),
-        (["--epochs", 2], True),
-        (["--batch-size", 128], True),
-        (["--drop-path", 0.1], True),
-        (["--aa", "none"], True),
-        (["--no-repeated-aug"], True),
-        (["--amp-dtype", "bfloat16"], True),
-        (["--model", "deit_small_patch16_224"], True),
-        (["--model-kwargs", "embed_dim=24"], True),
-        (["--gratings-sizes", 100, 100], True),
-        (["--num_workers", 3], False),
-        (["--output_dir", "elsewhere"], False),
-        (["--no-dist-eval"], False),
-        (["--batch-size", 32, "--accum-steps", 2], False),
-    ],
-    ids=str,
+    "other", ["--num_workers 3", "--output_dir elsewhere", "--no-dist-eval", "--batch-size 32 --accum-steps 2"]
 )
-def test_a_control_must_agree_in_every_argument_that_counts(other, counts, write, table):
-    none, soft = write("none", [1, 2, 50], *other), write("soft", [1, 2, 60], *SOFT)
-    assert table(none, soft)["soft"]["gain_no_teacher"] == (None if counts else 10)
+def test_a_control_may_differ_in_what_does_not_count(other, write, table):
+    rows = table(write("none", [1, 2, 50], *other.split()), write("soft", [1, 2, 60], *SOFT))
+    assert rows["soft"]["gain_no_teacher"] == 10
 
 
-def test_soft_kd_is_a_control_for_the_same_weight_temperature_and_teacher_only(write, table):
+def test_soft_kd_controls_only_the_same_distillation(write, table):
     run = write("spectral", [1, 2, 61], *SPECTRAL)
     assert table(run, write("soft", [1, 2, 60], *SOFT))["spectral"]["gain_soft_kd"] == 1
-    for i, other in enumerate(
-        (["--distillation-alpha", 0.5], ["--distillation-tau", 2], ["--teacher-model", "cait_xs24_384"])
-    ):
-        assert table(run, write(f"soft_{i}", [1, 2, 60], *SOFT, *other))["spectral"]["gain_soft_kd"] is None
+    others = ("--distillation-alpha 0.5", "--distillation-tau 2", "--teacher-model cait_xs24_384")
+    for i, other in enumerate((*others, "--teacher-kwargs depth=6")):
+        control = write(f"soft_{i}", [1, 2, 60], *SOFT, *other.split())
+        assert table(run, control)["spectral"]["gain_soft_kd"] is None
 
 
-def test_the_place_of_the_images_does_not_count_but_their_name_does(tmp_path, write, table):
+def test_the_name_of_the_data_folder_counts_not_its_place(tmp_path, write, table):
     for place in ("here/ILSVRC2012", "there/ILSVRC2012", "there/Imagenette"):
         (tmp_path / "data" / place).mkdir(parents=True)
-    flags = ["--data-set", "IMNET", "--data-path"]
-    soft = write("soft", [1, 2, 60], *SOFT, *flags, tmp_path / "data/here/ILSVRC2012")
-    same = write("same", [1, 2, 50], *flags, tmp_path / "data/there/ILSVRC2012")
-    other = write("other", [1, 2, 50], *flags, tmp_path / "data/there/Imagenette")
+    data = ["--data-set", "IMNET", "--data-path"]
+    soft = write("soft", [1, 2, 60], *SOFT, *data, tmp_path / "data/here/ILSVRC2012")
+    same = write("same", [1, 2, 50], *data, tmp_path / "data/there/ILSVRC2012")
+    other = write("other", [1, 2, 50], *data, tmp_path / "data/there/Imagenette")
     assert table(soft, same)["soft"]["gain_no_teacher"] == 10
     assert table(soft, other)["soft"]["gain_no_teacher"] is None
 
 
-def test_a_run_that_is_going_says_where_it_is_and_takes_part_in_no_gain(write, table, capsys):
-    going, soft = write("none", [1, 50]), write("soft", [1, 2, 60], *SOFT)
-    rows = table(going, soft)
+def test_unfinished_runs_are_excluded_from_comparisons(write, table, show):
+    unfinished, soft = write("none", [1, 50]), write("soft", [1, 2, 60], *SOFT)
+    rows = table(unfinished, soft)
     assert (rows["none"]["done"], rows["none"]["epochs_seen"]) == (False, 2)
     assert rows["soft"]["gain_no_teacher"] is None
-    tables.main([str(going), str(soft)])
-    assert "| 2 of 3 " in capsys.readouterr().out
+    assert cells(show(unfinished, soft).out)["none"]["epochs"] == "2 of 3"
 
 
-def test_seeds_that_are_going_are_not_averaged_with_those_that_are_done(write, table):
+def test_unfinished_seeds_are_not_averaged(write, table):
     rows = table(write("a_0", [1, 2, 60]), write("a_1", [1, 30], "--seed", 1))
     assert (rows["a_0"]["best"], rows["a_1"]["best"]) == (60, 30)
 
 
-def test_the_cool_down_belongs_to_the_length_of_a_run(write, table):
-    row = table(write("run", [1, 2, 3], "--cooldown-epochs", 2))["run"]
-    assert row["done"] is False
-    args = main.parse_args([*RUN, "--cooldown-epochs", "2"])
-    assert row["epochs"] == main.build_optimizer(args, torch.nn.Linear(1, 1))[2]  # the trainer's own count
+@pytest.mark.parametrize("sched", ["cosine", "tanh", "poly", "step"])
+def test_the_cool_down_counts_as_in_timm(sched, write, table):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1)
+    _, epochs = timm.scheduler.create_scheduler_v2(optimizer, sched, num_epochs=3, cooldown_epochs=2)
+    row = table(write("run", [1, 2, 3], "--cooldown-epochs", 2, "--sched", sched))["run"]
+    assert (row["epochs"], row["done"]) == (epochs, epochs == 3)
 
 
 @pytest.mark.parametrize(
-    ("flags", "method"),
+    ("more", "method"),
     [
         ([], "none"),
         (SOFT, "soft KD"),
         (SPECTRAL, "SpectralKD (2 pairs)"),
         ([*SPECTRAL, "--s-id", "0", "--t-id", "0"], "SpectralKD (1 pair)"),
-        ([*SPECTRAL, "--feature-loss", "mse"], "MSE twin (2 pairs)"),
+        ([*SPECTRAL, "--feature-loss", "mse"], "MSE baseline (2 pairs)"),
         ([*SPECTRAL, "--distillation-beta", "0"], "soft KD"),
         (["--distillation-type", "hard", "--w-fft", "0"], "hard"),
         ([*SPECTRAL, "--distillation-type", "hard"], "hard + spectral (2 pairs)"),
@@ -175,11 +183,11 @@ def test_the_cool_down_belongs_to_the_length_of_a_run(write, table):
         ([*SPECTRAL, "--distillation-type", "fft", "--feature-loss", "mse"], "fft + MSE (2 pairs)"),
     ],
 )
-def test_the_method_has_its_name(flags, method, write, table):
-    assert table(write("run", [1, 2, 3], *flags))["run"]["method"] == method
+def test_the_method_has_its_name(more, method, write, table):
+    assert table(write("run", [1, 2, 3], *more))["run"]["method"] == method
 
 
-def test_rows_that_would_look_alike_say_in_what_they_differ(write, table):
+def test_rows_that_look_the_same_name_their_differences(write, table):
     first = write("first", [1, 2, 3], *SPECTRAL, "--s-id", "0", "1", "--t-id", "0", "1")
     rows = table(first, write("ends", [1, 2, 3], *SPECTRAL), write("none", [1, 2, 3]))
     assert rows["first"]["method"] == "SpectralKD (2 pairs), s_id 0 1, t_id 0 1"
@@ -187,24 +195,30 @@ def test_rows_that_would_look_alike_say_in_what_they_differ(write, table):
     assert rows["none"]["method"] == "none"
 
 
-def test_the_teacher_comes_first_and_shows_its_own_top1_beside_its_students(write, table, capsys):
+def test_teachers_come_first_and_methods_in_order(write, table, show):
     teacher = write("z_teacher", [1, 70, 65], "--model", "cait_s24_224", "--model-kwargs", *TEACHER)
-    for name in ("model_best.pth", "checkpoint.pth"):
-        (teacher / name).touch()
-    flags = ["--teacher-kwargs", *TEACHER, "--teacher-path"]
     best, last = teacher / "model_best.pth", teacher / "checkpoint.pth"
+    best.touch()
+    last.touch()
+    taught = ["--teacher-kwargs", *TEACHER, "--teacher-path"]
     runs = [
-        write("a", [1, 2, 60], *SPECTRAL, *flags, best),
-        write("b", [1, 2, 60], *SPECTRAL, "--feature-loss", "mse", *flags, best),
-        write("c", [1, 2, 60], *SOFT, *flags, last),
+        write("a", [1, 2, 60], *SPECTRAL, *taught, best),
+        write("b", [1, 2, 60], *SPECTRAL, "--feature-loss", "mse", *taught, best),
+        write("c", [1, 2, 60], *SOFT, *taught, last),
         write("d", [1, 2, 60]),
         teacher,
     ]
     rows = table(*runs)
-    assert list(rows) == ["z_teacher", "d", "c", "b", "a"]  # teacher, none, soft KD, MSE twin, SpectralKD
+    assert list(rows) == ["z_teacher", "d", "c", "b", "a"]  # teacher, none, soft KD, MSE baseline, SpectralKD
     assert [row["teacher_top1"] for row in rows.values()] == [None, None, 65, 70, 70]
-    tables.main([*map(str, runs)])
-    assert "cait_s24_224 [1] (70.00)" in capsys.readouterr().out
+    assert cells(show(*runs).out)["a"]["teacher"] == "cait_s24_224 [1] (70.00)"
+
+
+def test_model_arguments_stored_as_a_list_are_the_same(write, table):
+    """Version 0.1 stored KEY=VALUE strings."""
+    new = write("run_0", [1, 2, 3], "--model-kwargs", "depth=4", "name=x")
+    old = write("run_1", [1, 2, 3], "--seed", 1, args={"model_kwargs": ["depth=4", "name=x"], "teacher_kwargs": []})
+    assert table(new, old)["run_*"]["student"] == "deit_tiny_patch16_224 depth=4 name=x"
 
 
 # Published numbers
@@ -217,11 +231,11 @@ def imagenet(tmp_path_factory):
     return ["--data-set", "IMNET", "--data-path", str(path)]
 
 
-LATER = ["--batch-size", "1024", "--drop-path", "0", "--epochs"]
+LATER = ["--batch-size", "1024", "--drop-path", "0", "--warmup-epochs", "5", "--epochs"]
 
 
 @pytest.mark.parametrize(
-    ("flags", "number"),
+    ("more", "number"),
     [
         ([*LATER, 300], 74.86),
         ([*SOFT, *LATER, 300], 76.99),
@@ -240,68 +254,70 @@ LATER = ["--batch-size", "1024", "--drop-path", "0", "--epochs"]
     ],
     ids=str,
 )
-def test_a_published_number_stands_beside_its_own_recipe_only(flags, number, write, table, imagenet):
-    row = table(write("run", [1, 2, 3], *imagenet, *flags, world_size=2))["run"]
+def test_a_published_number_needs_its_own_recipe(more, number, write, table, imagenet):
+    row = table(write("run", [1, 2, 3], *imagenet, *more, world_size=2))["run"]
     assert row["published"] == number
     assert (row["source"] is None) is (number is None)
 
 
-def test_no_published_number_stands_beside_a_run_of_other_classes(write, table, imagenet):
-    flags = [*imagenet, *SOFT, *LATER, 300]
-    row = table(write("hundred", [1, 2, 3], *flags, world_size=2, n_parameters=5543716))["hundred"]  # of 100 classes
+def test_a_published_number_needs_1000_classes(write, table, imagenet):
+    run = write("hundred", [1, 2, 3], *imagenet, *SOFT, *LATER, 300, world_size=2, n_parameters=5543716)
+    row = table(run)["hundred"]
     assert row["published"] is row["source"] is None
 
 
-@pytest.mark.parametrize("model", tables.PARAMETERS)
-def test_published_models_have_the_parameters_that_the_table_expects(model):
-    assert sum(p.numel() for p in timm.create_model(model).parameters()) == tables.PARAMETERS[model]
+@pytest.mark.parametrize("model", tables.PUBLISHED["parameters"])
+def test_published_parameter_counts_are_timms(model):
+    assert sum(p.numel() for p in timm.create_model(model).parameters()) == tables.PUBLISHED["parameters"][model]
 
 
-def test_what_published_runs_have_in_common_are_the_trainers_defaults(imagenet):
-    defaults = vars(main.parse_args(imagenet))
-    assert {name: defaults[name] for name in tables.BASE} == tables.BASE
+def test_common_published_settings_are_the_defaults(imagenet):
+    known = tables.settings(vars(flags.parse_args(imagenet)) | {"world_size": 1})
+    base = tables.PUBLISHED["settings"]["base"]
+    assert {name: known[name] for name in base} == base
 
 
 def test_the_names_of_arguments_are_flags():
-    flags = {action.dest for action in main.get_args_parser()._actions} | {"world_size", "global_batch"}
-    published = {name for _, _, needs in tables.PUBLISHED for name in needs}
-    assert {*tables.NEUTRAL, *tables.FEATURE, *tables.TEACHER, *published} - flags == set()
+    known = {action.dest for action in flags.get_args_parser()._actions} | {"global_batch", "like", "top1", "source"}
+    entries = [*tables.PUBLISHED["settings"].values(), *tables.PUBLISHED["results"]]
+    assert set().union(tables.NEUTRAL, tables.FEATURE, tables.TEACHER, *entries) - known == set()
 
 
 # Logs
 
 
-def test_logs_of_the_original_are_read_without_arguments(tmp_path, capsys):
+def test_logs_of_the_original_need_no_arguments(tmp_path, show):
     (tmp_path / "soft.txt").write_text("".join(log_line(i, 60 + i / 1000) for i in range(20)))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "log.txt").write_text(log_line(0, 50.0, train_loss_fft=0.25))
-    assert tables.main([str(tmp_path / "soft.txt"), str(tmp_path / "run")]) == 0
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
-    cells = {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[2:4]}
-    assert cells["soft"]["best"] == "60.019"
-    assert cells["soft"]["mean of last 10"] == "60.014"  # of 60.010 ... 60.019, 60.0145 to even
-    assert cells["soft"]["epochs"] == "20 seen"
-    assert cells["soft"]["student"] == "unknown, 5717416 parameters"
-    assert cells["soft"]["method"] == "unknown; loss terms base, dist"
-    assert cells["run"]["method"] == "unknown; loss terms base, dist, fft"
-    assert cells["run"]["published"] == cells["run"]["over soft KD"] == ""
+    rows = cells(show(tmp_path / "soft.txt", tmp_path / "run").out)
+    assert rows["soft"]["best"] == "60.019"
+    assert rows["soft"]["mean of last 10"] == "60.014"  # of 60.010 ... 60.019, 60.0145 to even
+    assert rows["soft"]["epochs"] == "20 seen"
+    assert rows["soft"]["student"] == "unknown, 5717416 parameters"
+    assert rows["soft"]["method"] == "unknown; loss terms base, dist"
+    assert rows["run"]["method"] == "unknown; loss terms base, dist, fft"
+    assert rows["run"]["published"] == rows["run"]["over soft KD"] == ""
 
 
-def test_the_later_of_two_lines_of_an_epoch_counts(write, table, capsys):
+def test_the_data_set_is_shown_if_it_is_known(tmp_path, write, show):
+    (tmp_path / "log.txt").write_text(log_line(0, 50.0))
+    rows = cells(show(write("run", [1, 2, 3]), tmp_path).out)
+    assert [row["data set"] for row in rows.values()] == ["GRATINGS", "unknown"]
+
+
+def test_the_later_line_of_an_epoch_counts(write, table, show):
     run = write("run", [1, 70, 3])
     with open(run / "log.txt", "a") as file:
         file.write(log_line(1, 20) + log_line(2, 40))
-    assert tables.main([str(run)]) == 0
-    assert "repeats epoch 1" in capsys.readouterr().err
+    assert "repeats epoch 1" in show(run).err
     assert table(run)["run"]["best"] == 40
 
 
-def test_a_torn_last_line_is_left_out_and_said(write, table, capsys):
+def test_an_incomplete_last_line_is_skipped(write, table, show):
     run = write("run", [10, 20, 30])
-    whole = (run / "log.txt").read_text()
-    (run / "log.txt").write_text(whole[:-40])
-    assert tables.main([str(run)]) == 0
-    assert "last line is torn" in capsys.readouterr().err
+    (run / "log.txt").write_text((run / "log.txt").read_text()[:-40])
+    assert "last line is incomplete" in show(run).err
     row = table(run)["run"]
     assert (row["best"], row["epochs_seen"], row["done"]) == (20, 2, False)
 
@@ -317,105 +333,94 @@ FOREIGN = {
 }
 
 
-def test_unreadable_and_foreign_logs_are_named_and_skipped(tmp_path, write, capsys):
+def test_files_that_are_no_logs_are_named_and_skipped(tmp_path, write, show):
     for name, content in FOREIGN.items():
         (tmp_path / name).write_bytes(content)
     (tmp_path / "folder").mkdir()
     foreign = [str(tmp_path / name) for name in (*FOREIGN, "folder", "missing")]
-    assert tables.main(foreign) == 2
-    *skipped, last = capsys.readouterr().err.splitlines()
+    *skipped, last = show(*foreign, code=2).err.splitlines()
     assert [line.split(": skipped, ")[0] for line in skipped] == foreign
     assert last.startswith("error: none of the arguments is")
-    assert tables.main([*foreign, str(write("run", [1, 2, 3]))]) == 0
-    output = capsys.readouterr()
+    output = show(*foreign, write("run", [1, 2, 3]))
     assert len(output.err.splitlines()) == len(foreign)
-    assert "| run " in output.out
+    assert list(cells(output.out)) == ["run"]
 
 
 @pytest.mark.parametrize("content", ['{"model": "x"}', "[]", "{", '{"sched": 3, "epochs": 1, "cooldown_epochs": 0}'])
-def test_foreign_arguments_are_said_and_the_log_is_shown_without(content, write, table, capsys):
+def test_foreign_arguments_are_ignored(content, write, table, show):
     run = write("run", [1, 2, 3])
     (run / "args.json").write_text(content)
-    assert tables.main([str(run)]) == 0
-    assert "not the arguments of a run" in capsys.readouterr().err
+    assert "not the arguments of a run" in show(run).err
     assert table(run)["run"]["method"].startswith("unknown")
 
 
 # Output
 
 
-def test_markdown_csv_and_json_hold_the_same_numbers(write, capsys):
+def test_markdown_is_aligned_and_shows_spread_and_gain(write, show):
     runs = [write(f"a|b_{seed}", [1, 2, 60 + seed], *SOFT, "--seed", seed, test_ema_acc1=7.5) for seed in (0, 1)]
-    runs = [str(run) for run in (*runs, write("none", [1, 2, 50]))]
-    outputs = []
-    for flags in ([], ["--csv"], ["--json"]):
-        tables.main([*flags, *runs])
-        outputs.append(capsys.readouterr().out)
-    lines = [line for line in outputs[0].splitlines() if line.startswith("|")]
-    assert len({len(line) for line in lines}) == 1  # aligned
+    lines = show(*runs, write("none", [1, 2, 50])).out.splitlines()
+    lines = [line for line in lines if line.startswith("|")]
+    assert len({len(line) for line in lines}) == 1
+    for cell in (r" a\|b_* ", " 60.500 ± 0.707 ", " +10.500 ", " 0, 1 (n = 2) "):
+        assert f"|{cell}" in lines[3]
     assert "| best of EMA " in lines[0]
-    assert r"| a\|b_* " in lines[3]
-    assert "| 60.500 ± 0.707 |" in lines[3]
-    assert "| +10.500 " in lines[3]
-    assert "| 0, 1 (n = 2) |" in lines[3]
-    rows, records = list(csv.DictReader(io.StringIO(outputs[1]))), json.loads(outputs[2])
+
+
+def test_csv_holds_the_numbers_of_json(write, show):
+    runs = [write(f"run_{seed}", [1, 2, 60 + seed], *SOFT, "--seed", seed, test_ema_acc1=7.5) for seed in (0, 1)]
+    runs.append(write("none", [1, 2, 50]))
+    rows, records = csv.DictReader(io.StringIO(show("--csv", *runs).out)), json.loads(show("--json", *runs).out)
     for row, record in zip(rows, records, strict=True):
-        assert row.keys() == record.keys()
         flat = {name: " ".join(map(str, v)) if isinstance(v, list) else v for name, v in record.items()}
         assert row == {name: "" if value is None else str(value) for name, value in flat.items()}
     assert records[1]["ema_best"] == 7.5
 
 
-def test_the_average_has_a_column_only_where_it_was_scored(write, capsys):
-    tables.main([str(write("run", [1, 2, 3]))])
-    assert "EMA" not in capsys.readouterr().out
+def test_the_ema_has_a_column_only_if_it_was_evaluated(write, show):
+    assert "EMA" not in show(write("run", [1, 2, 3])).out
 
 
-def test_the_plot_shows_every_row_in_a_colour_of_its_own(tmp_path, write):
-    runs = [write("none", [10, 30, 40]), write("soft", [20, 40, 50], *SOFT)]
+def test_the_plot_has_one_color_per_row(tmp_path, write, show):
     file = tmp_path / "curves.png"
-    assert tables.main([*map(str, runs), "--plot", str(file)]) == 0
-    pixels = {colour for _, colour in Image.open(file).convert("RGB").getcolors(maxcolors=2**24)}
-    colours = {tuple(bytes.fromhex(colour[1:])) for colour in tables.COLOURS}
-    assert colours & pixels == {tuple(bytes.fromhex(colour[1:])) for colour in tables.COLOURS[:2]} | {(0, 0, 0)}
+    show(write("none", [10, 30, 40]), write("soft", [20, 40, 50], *SOFT), "--plot", file)
+    pixels = {color for _, color in Image.open(file).convert("RGB").getcolors(maxcolors=2**24)}
+    colors = [tuple(bytes.fromhex(color[1:])) for color in plots.COLORS]
+    assert pixels & set(colors) == {*colors[:2], (0, 0, 0)}
 
 
-def test_a_log_without_loss_terms_is_drawn(tmp_path, write):
-    """As DeiT's own are."""
+def test_a_log_without_loss_terms_is_drawn(tmp_path, write, show):
+    """DeiT's own logs have none."""
     run = write("run", [10, 30, 40])
     (run / "log.txt").write_text('{"epoch": 0, "test_acc1": 10.0}\n{"epoch": 1, "test_acc1": 20.0}\n')
-    assert tables.main([str(run), "--plot", str(tmp_path / "curves.png")]) == 0
+    show(run, "--plot", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").exists()
 
 
 @pytest.mark.parametrize("file", ["missing/curves.png", "curves.txt"])
-def test_a_plot_that_cannot_be_written_is_one_line(file, tmp_path, write, capsys):
-    assert tables.main([str(write("run", [1, 2, 3])), "--plot", str(tmp_path / file)]) == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
+def test_a_plot_that_cannot_be_written_is_one_line(file, tmp_path, write, show):
+    assert len(show(write("run", [1, 2, 3]), "--plot", tmp_path / file, code=2).err.splitlines()) == 1
 
 
-def test_a_table_needs_neither_torch_nor_matplotlib(write):
+@pytest.mark.slow
+def test_a_table_imports_neither_torch_nor_matplotlib(write):
     code = "import sys, tables; tables.main(sys.argv[1:]); print({'torch', 'numpy', 'matplotlib'} & set(sys.modules))"
     command = [sys.executable, "-c", code, str(write("run", [1, 2, 3]))]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert result.stdout.splitlines()[-1] == "set()"
 
 
-def test_a_run_of_the_trainer_is_read(tmp_path, table):
-    """The contract between utils.RunLog and the table, the average of the weights included."""
+@pytest.mark.slow
+def test_runs_of_main_are_read(tmp_path, table):
+    """The contract between RunLog and tables.py, including the EMA."""
+    import main
+
     for seed in (0, 1):
-        main.main(main.parse_args(tiny_run("--output_dir", tmp_path / f"run_{seed}", "--eval-ema", "--seed", seed)))
+        argv = tiny_run("--output_dir", tmp_path / f"run_{seed}", "--eval-ema", "--seed", seed)
+        main.main(flags.parse_args(argv))
     row = table(*tmp_path.iterdir())["run_*"]
     lines = [json.loads((tmp_path / f"run_{seed}" / "log.txt").read_text()) for seed in (0, 1)]
     assert row["best"] == pytest.approx(sum(line["test_acc1"] for line in lines) / 2)
     assert row["ema_best"] == pytest.approx(sum(line["test_ema_acc1"] for line in lines) / 2)
     assert (row["done"], row["epochs"], row["global_batch"], sorted(row["seeds"])) == (True, 1, 16, [0, 1])
     assert row["student"] == " ".join(["deit_tiny_patch16_224", *STUDENT])
-
-
-@pytest.mark.parametrize("change", [{"seed": None}, {"model_kwargs": None}, {"distillation_type": "x"}, {"s_id": None}])
-def test_arguments_that_are_none_of_a_run_are_left_aside(change, write, capsys):
-    folder = write("run", [1, 2, 3])
-    args = json.loads((folder / "args.json").read_text())
-    (folder / "args.json").write_text(json.dumps(args | change))
-    assert tables.main([str(folder)]) == 0
-    assert "not the arguments of a run" in capsys.readouterr().err

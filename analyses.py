@@ -1,0 +1,176 @@
+"""The analyses of the two later papers: entropy over depth, and how many dimensions the last block's tokens fill.
+
+Legend as in spectral.py: B images, C channels, an H x W grid of N = H W patch tokens.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SHARES = (0.80, 0.90, 0.95, 0.99)  # of the energy, for which dimensions are counted
+
+
+def entropy_over_depth(maps: Sequence[Tensor], bins: int = 100) -> dict[str, Tensor]:
+    """Entropy and magnitude of each block, arXiv 2511.06848.
+
+    At each place the C values of a token are counted in equal bins; the entropy -sum p log2 p is averaged over images
+    and places. The paper's bins span the values of all blocks, so a block's entropy grows with its magnitude; the
+    control gives each block bins over its own range.
+
+    Args:
+        maps: one (B, C, H, W) per block, of the same images; the paper takes the first batch of 32.
+        bins: number of bins.
+
+    Returns:
+        float64 (blocks,) on the CPU: `entropy` and `entropy_own_range` in bits, and `magnitude`, the mean of |maps|.
+    """
+    maps = [m.double() for m in maps]
+    ranges = torch.stack([torch.stack(torch.aminmax(m)) for m in maps])
+    low, high = ranges[:, 0].min(), ranges[:, 1].max()
+    rows = {
+        "entropy": [_entropy(m, low, high, bins) for m in maps],
+        "entropy_own_range": [_entropy(m, a, b, bins) for m, (a, b) in zip(maps, ranges, strict=True)],
+        "magnitude": [m.abs().mean() for m in maps],
+    }
+    return {name: torch.stack(values).cpu() for name, values in rows.items()}
+
+
+def _entropy(maps: Tensor, low: Tensor, high: Tensor, bins: int) -> Tensor:
+    """Mean entropy in bits of (B, C, H, W); the last bin includes `high`, and equal limits make a single bin."""
+    tokens = maps.movedim(1, -1).flatten(0, -2)
+    width = (high - low).clamp_min(torch.finfo(maps.dtype).tiny) / bins
+    index = ((tokens - low) / width).long().clamp_(max=bins - 1)
+    counts = tokens.new_zeros(len(tokens), bins).scatter_add_(1, index, torch.ones_like(tokens))
+    return torch.special.entr(counts / tokens.shape[1]).sum(1).mean() / math.log(2)
+
+
+def dimensions(energies: Tensor, shares: Sequence[float] = SHARES) -> Tensor:
+    """Return the least d whose first d energies hold a share of the total, for each share.
+
+    Args:
+        energies: (..., D), not negative, in the order in which they are taken.
+
+    Returns:
+        int64 (..., shares).
+    """
+    cumulative = energies.double().cumsum(-1)
+    wanted = cumulative[..., -1:] * torch.tensor(shares, dtype=torch.float64, device=energies.device)
+    return 1 + (cumulative.unsqueeze(-1) < wanted.unsqueeze(-2)).sum(-2).clamp(max=energies.shape[-1] - 1)
+
+
+def squared_singular_values(tokens: Tensor) -> Tensor:
+    """Squared singular values of (B, N, D) tokens, descending: float64 (B, min(N, D)), from the smaller Gram matrix."""
+    tokens = tokens.double()
+    gram = tokens @ tokens.mT if tokens.shape[1] < tokens.shape[2] else tokens.mT @ tokens
+    return torch.linalg.eigvalsh(gram).flip(-1).clamp_min(0)
+
+
+def count_percentile(counts: Tensor, percent: float = 99) -> float:
+    """Percentile, with linear interpolation, of a sample of which `counts[d]` values equal d."""
+    cumulative = counts.cumsum(0)
+    position = (int(cumulative[-1]) - 1) * percent / 100
+    below, above = (
+        int(torch.searchsorted(cumulative, k, right=True)) for k in (math.floor(position), math.ceil(position))
+    )
+    return below + (above - below) * (position - math.floor(position))
+
+
+class _Counts:
+    """How many images have d dimensions, for each share: memory does not grow with the images."""
+
+    def __init__(self, size: int):
+        self.counts = torch.zeros(len(SHARES), size + 1, dtype=torch.int64)
+
+    def add(self, dims: Tensor) -> None:
+        for row, values in zip(self.counts, dims.cpu().T, strict=True):
+            row += torch.bincount(values, minlength=len(row))
+
+    def percentiles(self) -> list[float]:
+        return [count_percentile(row) for row in self.counts]
+
+
+def rank_analysis(batches: Callable[[], Iterable[Tensor]], seed: int = 0) -> dict[str, Any]:
+    """Count the dimensions that hold 80, 90, 95 and 99 % of the energy of a block's tokens, arXiv 2511.15572.
+
+    `svd` counts the singular directions of each image's own (N, D) tokens, `pca` those of one basis for all images:
+    the eigenvectors of the mean of X^T X, in descending order of eigenvalue. Both take the tokens as they are, without
+    centering. The data is read twice, for the basis and for the shares in it, and only sums of (D, D) and counts are
+    kept, so memory does not grow with the number of images.
+
+    Controls: `centered` subtracts the mean token, the image's own for svd and the data set's for pca. `pca_rotated`
+    turns the tokens of each image by a random rotation of its own, so that no basis can be shared: an upper bound.
+    `cap`, min(N, D), is the most that svd can give.
+
+    Args:
+        batches: returns an iterable over maps (B, D, H, W), each time over the same images in the same order.
+        seed: seeds the rotations.
+
+    Returns:
+        `svd`, `pca`, `svd_centered`, `pca_centered`, `pca_rotated`: the 99th percentile over the images, per share (the
+        papers round it half to even); `pca_global`, `pca_global_centered`: the dimensions of the basis itself;
+        `images`, `cap`, `width`.
+
+    Raises:
+        ValueError: there are no images.
+    """
+    svd, moments = None, {}
+    for x, energies, rotated in _read(batches, seed):
+        if svd is None:
+            width = x.shape[-1]
+            cap = min(x.shape[1:])
+            svd, svd_centered = _Counts(cap), _Counts(cap)
+            moments = {name: x.new_zeros(width, width) for name in ("pca", "pca_rotated")}
+            total, tokens, images = x.new_zeros(width), 0, 0
+        svd.add(dimensions(energies))
+        svd_centered.add(dimensions(squared_singular_values(x - x.mean(1, keepdim=True))))
+        for name, values in (("pca", x), ("pca_rotated", rotated)):
+            moments[name] += torch.einsum("bnc,bnd->cd", values, values)
+        total += x.sum((0, 1))
+        images, tokens = images + len(x), tokens + x.shape[0] * x.shape[1]
+    if svd is None:
+        raise ValueError("there are no images to analyze")
+    mean = total / tokens
+    moments["pca_centered"] = moments["pca"] - tokens * torch.outer(mean, mean)
+    bases = {name: torch.linalg.eigh(moment) for name, moment in moments.items()}
+    pca = {name: _Counts(width) for name in bases}
+    for x, _, rotated in _read(batches, seed):
+        for name, values in (("pca", x), ("pca_centered", x - mean), ("pca_rotated", rotated)):
+            pca[name].add(dimensions((values @ bases[name][1].flip(1)).square().sum(1)))
+    found = {"svd": svd, "svd_centered": svd_centered, **pca}
+    spectra = {"pca_global": bases["pca"][0], "pca_global_centered": bases["pca_centered"][0]}
+    return {
+        **{name: counts.percentiles() for name, counts in found.items()},
+        **{name: dimensions(values.flip(0).clamp_min(0)).tolist() for name, values in spectra.items()},
+        "images": images,
+        "cap": cap,
+        "width": width,
+    }
+
+
+def _read(batches: Callable[[], Iterable[Tensor]], seed: int) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
+    """Yield each batch's tokens (B, N, D) in float64, their squared singular values, and stand-ins for rotated tokens.
+
+    X = U S V^T turned by a random rotation has the Gram matrix Q S^2 Q^T with random orthonormal columns Q (D, n), and
+    so has S Q^T, (n, D), which costs no D x D rotation.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for maps in batches():
+        x = maps.double().flatten(2).mT
+        energies = squared_singular_values(x)
+        noise = torch.randn(len(x), x.shape[2], energies.shape[1], generator=generator, dtype=torch.float64)
+        yield x, energies, energies.sqrt().unsqueeze(-1) * torch.linalg.qr(noise.to(x.device))[0].mT
+
+
+def first_of_each_class(targets: Sequence[int]) -> list[int]:
+    """Return the index of the first sample of each class: the images of the published rank table.
+
+    Args:
+        targets: class of each sample, in order of file name, as in a torchvision ImageFolder.
+    """
+    first: dict[int, int] = {}
+    for index, target in enumerate(targets):
+        first.setdefault(target, index)
+    return [first[target] for target in sorted(first)]
