@@ -646,6 +646,15 @@ def test_failure_in_validation_keeps_the_trained_epoch(images, tmp_path):
     assert len({(line["train_loss"], line["test_loss"]) for line in lines}) == 1
 
 
+def test_unreadable_validation_image_is_found_before_training(images, tmp_path):
+    root = shutil.copytree(images, tmp_path / "images")
+    (root / "val" / "bee" / "9.jpg").write_text("no image")
+    run = fork(*imagenet_flags(root, tmp_path / "out"))
+    assert run.code() == 2
+    assert errors([run])[0].startswith(f"error: cannot read image {root / 'val' / 'bee' / '9.jpg'}")
+    assert "Epoch: [0]" not in run.text
+
+
 KILL_WORKERS = """
 import os, signal, time
 from multiprocessing import active_children
@@ -758,10 +767,10 @@ def test_mistake_of_the_second_rank_alone_is_printed():
 
 STARTS = {
     "slurm": ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, "SLURM started 4 tasks, but RANK .*srun python -m torch"),
-    "no world size": ({"RANK": "0"}, "RANK is set without RANK and WORLD_SIZE both"),
-    "no rank": ({"WORLD_SIZE": "2"}, "WORLD_SIZE is set without RANK and WORLD_SIZE both"),
-    "rank too high": ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 and WORLD_SIZE=2 contradict each other"),
-    "not a number": ({"RANK": "zero", "WORLD_SIZE": "1"}, "RANK=zero and WORLD_SIZE=1 contradict each other"),
+    "no world size": ({"RANK": "0"}, "RANK is 0 and WORLD_SIZE is unset: expected 0 <= RANK < WORLD_SIZE"),
+    "no rank": ({"WORLD_SIZE": "2"}, "RANK is unset and WORLD_SIZE is 2: expected 0 <= RANK < WORLD_SIZE"),
+    "rank too high": ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2 and WORLD_SIZE is 2: expected"),
+    "not a number": ({"RANK": "zero", "WORLD_SIZE": "1"}, "RANK is zero and WORLD_SIZE is 1: expected"),
     "no address": ({"RANK": "0", "WORLD_SIZE": "1"}, "the processes cannot meet: .*MASTER_ADDR"),
 }
 
