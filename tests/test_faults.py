@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import tiny_run
 from PIL import Image
-from processes import alive, codes, descendants, errors, fork, status, strike, torchrun, until
+from processes import alive, codes, descendants, epochs, errors, fork, status, strike, torchrun, until
 from torch import nn
 
 import checkpoint
@@ -35,10 +35,6 @@ def flags_of(folder, *more):
 
 def saved(folder, name="checkpoint.pth"):
     return torch.load(folder / name, weights_only=True)
-
-
-def epochs(folder):
-    return [json.loads(line)["epoch"] for line in (folder / "log.txt").read_text().splitlines()]
 
 
 def assert_same_state(one, other):
@@ -69,15 +65,14 @@ torch.nn.modules.module.register_module_forward_pre_hook(hook)
 # Divergence
 
 
-def poison(what, *, steps, rank):
-    """Return statements for `before`: on one rank, replace the student's output in these training steps by `what`.
+def poison(*, steps, rank):
+    """Return statements for `before`: on one rank, make the student's output NaN in these training steps.
 
     Each rank also leaves its weights, as evaluation sees them, in rank<r> of the output folder.
     """
     return f"""
 import os, sys, torch
-rank = int(os.environ.get("RANK", 0))
-seen = 0
+rank, seen = int(os.environ.get("RANK", 0)), -1
 def replace(module, args, output):
     global seen
     if type(module).__name__ != "VisionTransformer":
@@ -87,18 +82,14 @@ def replace(module, args, output):
         torch.save(module.state_dict(), folder + f"/rank{{rank}}")
         return
     seen += 1
-    if rank == {rank} and seen - 1 in {list(steps)}:
-        return {what}
+    if rank == {rank} and seen in {list(steps)}:
+        return output * torch.nan
 torch.nn.modules.module.register_module_forward_hook(replace)
 """
 
 
-NAN = "output * float('nan')"
-BAD_GRADIENT = "output.register_hook(lambda gradient: gradient * float('inf')) and None"
-
-
 def test_one_bad_loss_makes_all_ranks_skip_the_step(tmp_path):
-    before = poison(NAN, steps=(2, 3, 5), rank=1)
+    before = poison(steps=(2, 3, 5), rank=1)
     runs = fork(*FOUR_STEPS, "--epochs", 3, "--output_dir", tmp_path, ranks=2, before=before)
     assert codes(runs) == [0, 0]
     ranks = [torch.load(tmp_path / f"rank{r}", weights_only=True) for r in (0, 1)]
@@ -113,7 +104,7 @@ def test_one_bad_loss_makes_all_ranks_skip_the_step(tmp_path):
 
 def test_third_bad_loss_in_a_row_stops_all_ranks(tmp_path):
     """Counted across epochs: the last step of epoch 0 and the first two of epoch 1."""
-    before = poison(NAN, steps=(3, 4, 5), rank=1)
+    before = poison(steps=(3, 4, 5), rank=1)
     runs = fork(*FOUR_STEPS, "--epochs", 3, "--output_dir", tmp_path, ranks=2, before=before)
     assert codes(runs) == [3, 3]
     message = "error: term loss_base of rank 1 was not finite 3 steps in a row, epoch 1, step 1"
@@ -122,22 +113,6 @@ def test_third_bad_loss_in_a_row_stops_all_ranks(tmp_path):
     assert checkpoint.first_not_finite(saved(tmp_path)) is None
     assert status(tmp_path)["status"] == "diverged"
     assert "term loss_base of rank 1" in status(tmp_path)["reason"]
-
-
-@pytest.mark.parametrize(
-    ("dtype", "message"),
-    [
-        ("float32", "error: 20 steps in a row had no finite gradient, up to epoch 4, step 3"),
-        ("float16", "error: the gradient scale fell to 0.5 in epoch 2"),  # 2^11 halved 12 times
-    ],
-)
-def test_run_without_a_finite_gradient_is_stopped(dtype, message, tmp_path):
-    flags = (*FOUR_STEPS, "--epochs", 9, "--amp-dtype", dtype, "--output_dir", tmp_path)
-    low_scale = "import torch; torch.amp.GradScaler.__init__.__defaults__ = ('cuda', 2.0**11, 2.0, 0.5, 2000, True)"
-    runs = fork(*flags, ranks=2, before=low_scale + poison(BAD_GRADIENT, steps=range(99), rank=0))
-    assert codes(runs) == [3, 3]
-    assert errors(runs)[0] == message
-    assert status(tmp_path)["status"] == "diverged"
 
 
 def test_bad_weights_are_never_saved(tmp_path):
