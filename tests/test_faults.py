@@ -532,17 +532,18 @@ def test_closed_stdout_does_not_end_two_processes(tmp_path):
 
 
 STRICT = "import sys; sys.stdout.reconfigure(encoding='ascii', errors='strict')\n"  # as PYTHONIOENCODING=ascii:strict
+FULL = "import os; os.dup2(os.open('/dev/full', os.O_WRONLY), 1)\n"
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("stdout", [STRICT, "import sys; sys.stdout = open('/dev/full', 'w')\n"], ids=["ascii", "full"])
+@pytest.mark.parametrize("stdout", [STRICT, FULL], ids=["ascii", "full"])
 def test_warning_that_cannot_be_printed_does_not_end_the_run(stdout, workers, images, tmp_path):
     """An unreadable image whose name is Latin-1 under a UTF-8 locale, in an output folder with a Chinese name."""
     root = shutil.copytree(images, tmp_path / "images")
     os.rename(root / "train" / "ant" / "3.jpg", os.fsencode(root / "train" / "ant") + b"/caf\xe9.jpg")
     folder = tmp_path / "模型"
     run = fork(*imagenet_flags(root, folder, "--num_workers", workers, "--skip-bad-images", 1), before=stdout)
-    assert run.code() == 0, run.text
+    assert run.code() == 0
     assert stdout != STRICT or r"caf\udce9.jpg" in run.text
     assert status(folder)["status"] == "done"
 
@@ -674,7 +675,7 @@ torch.save = save_and_kill
     run = fork(*flags_of(tmp_path, "--num_workers", 1), before=KILL_WORKERS + kill_in_save)
     assert run.code() == 2
     assert len(errors([run])) == 1
-    assert saved(tmp_path)["trained"]
+    assert saved(tmp_path)["epoch"] == 0
 
 
 def test_signal_while_a_loader_is_built_is_one_line(tmp_path):
