@@ -1,11 +1,12 @@
 """An exported model is the trained one, and timm alone can load it."""
 
 import json
+from argparse import Namespace
 
 import pytest
 import timm
 import torch
-from conftest import distil, tiny_run
+from conftest import STUDENT, distil, tiny_run
 from families import FAMILIES, assert_same_function, build
 from timm.models._hub import has_hf_hub
 
