@@ -8,12 +8,7 @@ import pytest
 from conftest import ROOT
 
 pytestmark = pytest.mark.slow
-<<<<<<< HEAD
-
-SMALL = ["--batch-size", "2", "--input-size", "64"]
-=======
 SMALL = ["--batch-size", "2", "--input-size", "64", "--depth", "2", "--pairs", "2"]
->>>>>>> gpu
 RUNS = {
     "loss.py": ["--batch-size", "2"],
     "step.py": SMALL,
