@@ -28,9 +28,8 @@ import gpu_checks
 import jobs
 import timm
 import torch
-from torch.profiler import ProfilerActivity, profile
-
 from attention import fast_attention
+from torch.profiler import ProfilerActivity, profile
 
 IMAGES_PER_EPOCH = 1_281_167
 STUDENTS = {  # student, teacher: epochs of the recipe

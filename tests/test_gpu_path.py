@@ -11,10 +11,10 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-import attention
 import datasets
 import engine
 import losses
+import models
 import spectral
 from benchmarks import counting
 from checkpoint import TrainState
@@ -48,7 +48,7 @@ def fake_cuda():
 def forward(model, choice="eager", batch=256):
     """Return the counts of a frozen CaiT's forward under float16 autocast."""
     with fake_cuda() as device, torch.no_grad():
-        model = attention.fast_attention(counting.to_fake(model.eval()), choice)
+        model = models.fast_attention(counting.to_fake(model.eval()), choice)
         images = torch.empty(batch, 3, 224, 224, device=device)
         with counting.Count() as count, torch.autocast("cuda", dtype=torch.float16):
             model(images)
@@ -98,7 +98,7 @@ def count_steps(number, student, teacher, ids=([0, 1], [0, 1]), batch=4, **optim
         model = counting.to_fake(student)
         counting.to_fake(state.ema.module)
         hooks = spectral.FeatureHooks(model, ids[0])
-        frozen = losses.FrozenTeacher(attention.fast_attention(counting.to_fake(teacher)), ids[1])
+        frozen = losses.FrozenTeacher(models.fast_attention(counting.to_fake(teacher)), ids[1])
         base = nn.CrossEntropyLoss(label_smoothing=0.1)
         criterion = losses.DistillationLoss(base, "soft", frozen, feature_loss=spectral.closed_spectral_loss)
         state.optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05, **optimizer_options)
