@@ -11,6 +11,7 @@ import functools
 import importlib
 import itertools
 import math
+import os
 import resource
 import time
 from pathlib import Path
@@ -234,7 +235,7 @@ def write_arguments(args: Flags) -> None:
     if args.output_dir and rank() == 0:
         text = "\n".join(to_arg_lines(args)) + "\n"
         with utils.warn_on(OSError, "run.args not written"):
-            utils.write_atomically(Path(args.output_dir) / "run.args", lambda file: file.write(text.encode()))
+            utils.write_atomically(Path(args.output_dir) / "run.args", lambda file: file.write(os.fsencode(text)))
 
 
 def num_parameters(model: nn.Module) -> int:

@@ -132,6 +132,11 @@ BEFORE_A_MODEL = [
 
 # These need a model: its blocks, its head, the sizes and arguments it takes, the weights that fit.
 WITH_A_MODEL = [
+    ("--batch-size 65", "an epoch has 64 images per process, but --batch-size is 65: lower it"),
+    (
+        DISTIL.replace("--s-id 0 1 3 --t-id 0 1 5 ", ""),
+        "needs --s-id and --t-id: .* has blocks 0 to 3, cait_s24_224 0 to 5; `python analyze.py .* --suggest 8",
+    ),
     ("--resume {only_weights}", "has no 'optimizer'.*: use --finetune"),
     ("--resume {of_two_processes}", "the global batch was 32 images and is 16: give --accum-steps 2"),
     ("--resume {of_sgd}", "--opt was sgd and is adamw: use --finetune"),

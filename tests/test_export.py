@@ -6,9 +6,8 @@ from argparse import Namespace
 import pytest
 import timm
 import torch
-from conftest import STUDENT, distil, tiny_run
+from conftest import STUDENT, tiny_run
 from families import FAMILIES, assert_same_function, build
-from safetensors.torch import load_file
 from timm.models._hub import has_hf_hub
 
 import main
@@ -69,20 +68,6 @@ def export_tiny(name, folder, **kwargs):
     model = build(name)
     export_model(model, folder, input_size=64, classes=CLASSES, model_args=FAMILIES[name], **kwargs)
     return model
-
-
-@pytest.mark.slow
-def test_weights_and_ema_of_a_run_export_in_timms_format(tmp_path, teacher_file):
-    flags = [*tiny_run("--output_dir", tmp_path / "run"), "--model-ema-decay", "0.5", *distil(teacher_file)]
-    main.main(main.parse_args(flags))
-    checkpoint = torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)
-    for name, key, more in (("raw", "model", []), ("ema", "model_ema", ["--eval-ema"])):
-        flags = ["--export", str(tmp_path / name), "--resume", str(tmp_path / "run" / "checkpoint.pth"), *more]
-        main.main(main.parse_args(flags))
-        torch.testing.assert_close(load_file(tmp_path / name / "model.safetensors"), checkpoint[key], rtol=0, atol=0)
-        config = json.loads((tmp_path / name / "config.json").read_text())
-        assert config["label_names"] == checkpoint["classes"]
-        assert config["model_args"]["embed_dim"] == 24
 
 
 @has_local_dir
