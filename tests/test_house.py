@@ -43,19 +43,20 @@ MAY_IMPORT = {
     "weights": {"utils"},
     "faults": {"utils"},
     "flags": {"utils"},
-    "tables": {"plots"},
+    "tables": {"plots", "runs"},
+    "runs": {"flags"},
     "plots": set(),
     "utils": set(),
 }
 # What only these modules do without: a table needs no torch, the method needs no timm.
 WITHOUT = {
-    "torch": {"flags", "tables", "plots"},
+    "torch": {"flags", "runs", "tables", "plots"},
     "timm": {"spectral", "losses", "engine", "samplers", "checkpoint", "faults", "flags", "tables", "plots", "utils"},
     "torchvision": set(MAY_IMPORT) - {"datasets"},
 }
 # The argparse Namespace ends here; everything else takes plain values.
 WIRING = {"main", "builders", "scoring", "checkpoint"}
-READS_ARGS = WIRING | {"flags", "analyze", "verify", "tables"}  # with command lines of their own
+READS_ARGS = WIRING | {"flags", "analyze", "verify", "tables", "runs"}  # with command lines of their own
 MODULES = {path.stem: ast.parse(path.read_text()) for path in ROOT.glob("*.py")}
 DOCUMENTS = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
 # Named in the documents and still to be written.
