@@ -360,7 +360,7 @@ def check_modes(args: argparse.Namespace) -> None:
 
 def check_paths(args: argparse.Namespace) -> None:
     """Check that the files and folders named exist."""
-    if args.resume in ("", "auto"):  # else the checkpoint may say which data set it is
+    if not args.resume or (args.resume == "auto" and not args.eval):  # else the checkpoint may name the data set
         check_data_path(args)
     teacher_path = args.teacher_path if args.distillation_type != "none" and not args.eval else ""
     for flag, path in (("resume", args.resume), ("finetune", args.finetune), ("teacher-path", teacher_path)):

@@ -64,7 +64,7 @@ def main(args: Flags) -> dict | None:
             importlib.import_module(args.import_module)
     folder = None if args.eval or args.export or args.dry_run else open_output_folder(args.output_dir)
     path, checkpoint = find_checkpoint(args, folder)
-    if args.resume not in ("", "auto"):
+    if checkpoint is not None and (args.eval or args.export or args.resume != "auto"):
         args = complete_args(args, stored_args(checkpoint))
     models.check_name(args.model)
     if args.export:
@@ -73,6 +73,8 @@ def main(args: Flags) -> dict | None:
         models.check_name(args.teacher_model)
     run_status.begin(folder and folder.folder)
     amp_dtype = getattr(torch, args.amp_dtype or ("float16" if device.type == "cuda" else "float32"))
+
+    # Data
     dataset_train, dataset_val = build_datasets(args)
     scoring = {"device": device, "amp_dtype": amp_dtype, "sharded": args.dist_eval}
     if args.eval:
