@@ -1,4 +1,4 @@
-"""Check and measure on one GPU what no CPU can show, in at most nine minutes on an H100.
+"""Check and measure on one GPU what no CPU can show; nothing new is started after nine minutes (--minutes).
 
     python benchmarks/gpu.py --json gpu.json    # on a GPU
     python benchmarks/gpu.py --cpu              # the same code with tiny sizes
