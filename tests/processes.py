@@ -148,21 +148,20 @@ def errors(runs):
     return [line for line in lines if re.match(r"(\[rank \d+\] )?error: ", line)]
 
 
-def strike(number, *, step, training=True, rank=None, kind="VisionTransformer"):
+def strike(number, *, step, training=True, rank=None):
     """Return statements for `fork`'s `before`: the process sends itself a signal in a forward of the student.
 
     Args:
         step: the forward, counted from 0 over all training (or evaluation) batches that this process gets.
         training: count training batches; otherwise those of evaluation, after one for the check of the input size.
         rank: only on this one, or None for all.
-        kind: class of the student.
     """
     return f"""
 import os, torch
 seen = 0
 def count(module, args):
     global seen
-    if type(module).__name__ == {kind!r} and module.training == {training}:
+    if type(module).__name__ == "VisionTransformer" and module.training == {training}:
         if seen == {step}:
             os.kill(os.getpid(), {int(number)})
         seen += 1

@@ -485,16 +485,3 @@ def test_batchnorm_of_two_processes_is_scored_as_saved(tmp_path):
         scored = [*flags, "--eval", "--resume", tmp_path / "checkpoint.pth", *ema]
         stats = main.main(main.parse_args(list(map(str, scored))))
         assert stats["loss"] == pytest.approx(line[name], rel=1e-6)
-
-
-def test_batchnorm_of_two_processes_is_resumed_exactly(tmp_path):
-    """Its statistics are averaged over the processes at the end of an epoch only."""
-    flags = ["--data-set", "GRATINGS", "--gratings-sizes", 64, 16, "--input-size", 32, "--num_workers", 0]
-    flags += ["--device", "cpu", "--model", "resnet18", "--model-kwargs", "channels=(8,8,8,16)", "--batch-size", 8]
-    flags += ["--epochs", 1, "--warmup-epochs", 0, "--resume", "auto"]
-    assert run(*flags, "--output_dir", tmp_path / "straight", ranks=2) == {0}
-    stop = strike(signal.SIGTERM, step=0, kind="ResNet")
-    assert run(*flags, "--output_dir", tmp_path / "stopped", ranks=2, before=stop) == {STOPPED}
-    assert position(tmp_path / "stopped") == (-1, 2, False)
-    assert run(*flags, "--output_dir", tmp_path / "stopped", ranks=2) == {0}
-    assert differences(outcome(tmp_path / "straight"), outcome(tmp_path / "stopped")) == []
