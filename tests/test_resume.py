@@ -97,7 +97,7 @@ def test_interrupted_run_equals_straight_run(ranks, workers, flags, straight, tm
     assert 0 not in run(*resume, ranks=ranks, before=strike(signal.SIGKILL, step=steps, rank=0))
     assert position(tmp_path) == (0, 0, False)
     # In the validation of epoch 1.
-    assert run(*resume, ranks=ranks, before=strike(signal.SIGTERM, step=1, training=False)) == {STOPPED}
+    assert run(*resume, ranks=ranks, before=strike(signal.SIGTERM, step=0, training=False)) == {STOPPED}
     assert position(tmp_path) == (0, steps, True)
     # In the last step of epoch 2.
     assert run(*resume, ranks=ranks, before=strike(signal.SIGTERM, step=steps - 1)) == {STOPPED}
