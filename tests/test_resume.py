@@ -272,7 +272,7 @@ def test_another_optimizer_or_image_size_is_refused(tmp_path):
     with pytest.raises(utils.UserError, match="--opt was adamw and is sgd"):
         main.main(main.parse_args([*flags, "--opt", "sgd"]))
     larger = ["--input-size", "64", "--model-kwargs", "img_size=64", *STUDENT[1:]]
-    with pytest.raises(utils.UserError, match=r"another model or image size \(pos_embed\): use --finetune"):
+    with pytest.raises(utils.UserError, match=r"another model, image size or loss \(pos_embed\): use"):
         main.main(main.parse_args([*flags, *larger]))
 
 
