@@ -262,12 +262,13 @@ def analyze(subject: Subject, dataset, data: dict, device: torch.device, args: a
                 block[key] = value
     if args.ranks:
         found = analyses.rank_analysis(lambda: (maps[-1] for maps in batches()), args.seed)
-        subject.ranks = found | {"published": published_ranks(subject)}
+        subject.ranks = found | {"published": published_ranks(subject) if data["data_set"] == "IMNET" else {}}
     subject.network = None  # milestones may be many
 
 
 def published_ranks(subject: Subject) -> dict[str, list[int]]:
-    """Return the published ranks of a model with weights, by "svd" and "pca"; empty if there are none."""
+    """Return the published ranks on ImageNet of a model, {"svd": [...], "pca": [...]}, or {} if there are none."""
+
     def identity(config):
         return config.get("architecture"), config.get("tag")
 

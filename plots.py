@@ -105,19 +105,23 @@ def draw_over_depth(subjects: list, curves: dict[str, str], epochs: list[int] | 
         for subject, style in zip(subjects, styles, strict=True):
             axis.plot(place(subject), subject.curve(key), label=subject.name, **style)
         axis.set(title=title, xlabel=label)
-        finish_depth(axis, label)
+        finish_depth(axis, label, scale=not key.startswith("entropy"))
+    entropies = [axis for axis, key in zip(axes, curves, strict=True) if key.startswith("entropy")]
+    for axis in entropies[1:]:
+        axis.sharey(entropies[0])
+        axis.autoscale_view()
     if not epochs:
         handles = axes[0].lines
         figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5))
     return figure
 
 
-def finish_depth(axis, label: str) -> None:
-    """Scale an axis of curves over depth: from zero, or logarithmic if they differ much."""
+def finish_depth(axis, label: str, scale: bool = True) -> None:
+    """Scale an axis of curves over depth from zero, or logarithmically if they differ much; mark whole blocks."""
     levels = np.concatenate([line.get_ydata() for line in axis.lines])
-    if levels.max() > WIDE_SPREAD * levels.min() > 0:
+    if scale and levels.max() > WIDE_SPREAD * levels.min() > 0:
         axis.set_yscale("log")
-    else:
+    elif scale:
         axis.set_ylim(0, 1.05 * levels.max() or 1)
     if label == "block":
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
