@@ -61,10 +61,15 @@ PROFILES = ("spectrum", "radial_frequency", "radial_power")
 PRESETS: dict[str, dict[str, Any]] = {
     "spectralkd": {"num_images": 32, "order": "first", "eval_crop_ratio": 0.875},  # arXiv 2412.19055
     "dynamics": {"num_images": 32, "order": "first", "eval_crop_ratio": 0.875, "entropy": True},  # arXiv 2511.06848
-    "mismatch": {"num_images": 1000, "order": "classes", "own_transform": True, "ranks": True},  # arXiv 2511.15572
+    "mismatch": {"num_images": 1000, "order": "classes", "eval_crop_ratio": "own", "ranks": True},  # arXiv 2511.15572
 }
 ORDERS = {"drawn": "drawn by seed {}", "first": "the first", "classes": "the first by name of each class"}
 PUBLISHED = Path(__file__).parent / "recipes" / "published.json"
+
+
+def crop_ratio(text: str) -> float | str:
+    """Read a crop ratio, or `own`."""
+    return text if text == "own" else number(float, 0.01, 1)(text)
 
 
 def get_args_parser() -> Parser:
@@ -84,8 +89,10 @@ def get_args_parser() -> Parser:
     add("--data-path", help="its folder, of which val/ is enough; default: that of the first run")
     add("--inat-category", choices=INAT_CATEGORIES, help="level used as the class (INAT*); default: name")
     add("--input-size", type=number(int, 1), help="side of the images in pixels; default: each model's own")
-    add("--eval-crop-ratio", type=number(float, 0.01, 1), help="center crop ratio; default: the first run's, or 0.875")
-    add("--own-transform", action="store_true", help="crop and interpolate as each model's config in timm says")
+    ratio = (
+        "center crop ratio, or own: crop and interpolation of each model's config; default: the first run's, or 0.875"
+    )
+    add("--eval-crop-ratio", type=crop_ratio, help=ratio)
     add("--num-images", type=number(int, 1), help="number of validation images; default: 32, with --ranks 1,000")
     order = {"dest": "order", "action": "store_const"}
     add("--first", **order, const="first", help="take the first images, in ImageNet all of one class, not drawn ones")
@@ -152,7 +159,7 @@ def sources_of(args: argparse.Namespace) -> list[tuple[str | None, str]]:
             )
         return [(f"epoch {int(file.stem[-4:]) + 1}", str(file)) for file in files]
     one = f"{args.model}:{args.checkpoint or ''}" if args.model else args.checkpoint
-    return list(args.compare.items()) or [(None, one)]
+    return [(name, str(source)) for name, source in args.compare.items()] or [(None, one)]
 
 
 def read_subject(name: str | None, source: str, args: argparse.Namespace) -> Subject:
@@ -193,12 +200,12 @@ def read_subject(name: str | None, source: str, args: argparse.Namespace) -> Sub
 def build_data(args: argparse.Namespace, subjects: list[Subject]) -> tuple[torch.utils.data.Dataset, dict]:
     """Return the validation set, without a transform, and {"data_set", "crop_ratio", "order", "images": indices}.
 
-    The first training run among the subjects provides what the flags leave open. A crop ratio of None stands for each
-    model's own transform.
+    The first training run among the subjects provides what the flags leave open. The crop ratio is
+    "own" for each model's own transform.
     """
     run = next((subject.run for subject in subjects if subject.run.get("data_set")), {})
     name = args.data_set or run.get("data_set", "IMNET")
-    crop_ratio = args.eval_crop_ratio or run.get("eval_crop_ratio", 0.875)
+    crop = args.eval_crop_ratio or run.get("eval_crop_ratio", 0.875)
     run = run if name == run.get("data_set") else {}
     path = args.data_path or run.get("data_path")
     if name != "GRATINGS" and not path:
@@ -213,18 +220,17 @@ def build_data(args: argparse.Namespace, subjects: list[Subject]) -> tuple[torch
         images = analyses.one_of_each_class(datasets.labels(dataset), number)
     else:
         images = list(range(number)) if order == "first" else samplers.random_subset(len(dataset), number, args.seed)
-    crop_ratio = None if args.own_transform else crop_ratio
-    return dataset, {"data_set": name, "crop_ratio": crop_ratio, "order": order, "images": images}
+    return dataset, {"data_set": name, "crop_ratio": crop, "order": order, "images": images}
 
 
 def map_reader(subject: Subject, dataset, data: dict, device, args) -> Callable[[], Iterator[list[torch.Tensor]]]:
     """Return a function that runs a model over the images and yields the maps of all its blocks batch by batch."""
     with as_user_error(f"{subject.name}: ", ValueError):
         hooks = spectral.FeatureHooks(subject.network.to(device), range(len(subject.blocks)))
-    if data["crop_ratio"]:
-        dataset.transform = datasets.eval_transform(subject.input_size, data["crop_ratio"])
-    else:
+    if data["crop_ratio"] == "own":
         dataset.transform = datasets.own_eval_transform(subject.network, subject.input_size)
+    else:
+        dataset.transform = datasets.eval_transform(subject.input_size, data["crop_ratio"])
     mean, std = models.normalization(subject.network)
     prepare = datasets.Prepare(mean, std, device=device)
     workers = min(args.num_workers, math.ceil(len(data["images"]) / args.batch_size))
