@@ -24,6 +24,7 @@ from torchvision import transforms
 from torchvision.datasets import CIFAR100, ImageFolder
 from torchvision.datasets.folder import default_loader
 
+import datasets
 from datasets import (
     BadImageError,
     BoundedResize,
@@ -691,3 +692,13 @@ def test_shared_memory_that_is_too_small_gives_a_warning():
     assert re.match(r"/dev/shm has \d+ MB left.* 2000000 MB: .*--shm-size", warn_if_shm_is_small(2**20 * 10**6, 1))
     assert warn_if_shm_is_small(1, 1) is None
     assert warn_if_shm_is_small(10**15, 0) is None
+
+
+def test_labels_are_those_of_the_samples(cifar, tmp_path):
+    folder = write_folder(tmp_path / "folder", ("ant", "bee"))
+    for dataset in (
+        Gratings("val", 30),
+        build_dataset("CIFAR", "val", cifar[0]),
+        build_dataset("IMNET", "val", folder),
+    ):
+        assert datasets.labels(dataset) == labels(dataset)
