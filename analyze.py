@@ -76,6 +76,7 @@ def get_args_parser() -> Parser:
     add("--student-kwargs", **kwargs, help="its arguments")
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", "--output-dir", default="", help="folder for numbers and figures; default: print only")
+    add("--import", dest="import_module", metavar="MODULE", help="module that registers models with timm")
     add("--pdf", action="store_true", help="write the figures as PDF as well")
     add("--device", default="auto", help="cuda, cuda:N or cpu; auto: cuda if there is a GPU")
     add("--seed", type=number(int, 0, 2**62), default=0, help="seed of images, shuffled channels and random weights")
@@ -289,6 +290,8 @@ def write_tensorboard(folder: Path, subjects: list[Subject], figures: dict[str, 
 
 def main(args: argparse.Namespace) -> None:
     device = init_distributed(args.device)
+    if args.import_module:
+        models.import_models(args.import_module)
     sources = args.compare.items() or [
         (None, f"{args.model}:{args.checkpoint or ''}" if args.model else args.checkpoint)
     ]
