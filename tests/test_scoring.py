@@ -202,7 +202,7 @@ def test_wrong_real_labels_are_refused(content, message, real, tmp_path):
 def test_real_labels_need_the_names_of_imagenets_files(real, tmp_path):
     shutil.copytree(real[1] / "images", tmp_path / "images")
     (tmp_path / "images/val/3/ILSVRC2012_val_00000004.JPEG").rename(tmp_path / "images/val/3/tiger.JPEG")
-    with pytest.raises(UserError, match="tiger.JPEG is not named as in ImageNet"):
+    with pytest.raises(UserError, match=r"tiger\.JPEG is not named as in ImageNet"):
         main.main(parse_args(list(map(str, [*real[0], real[1] / "real.json", "--data-path", tmp_path / "images"]))))
 
 
