@@ -104,9 +104,11 @@ def _create(name: str, num_classes: int | None, pretrained: bool, options: Mappi
         if num_classes and _gives_map(model):
             raise ValueError("without global_pool it gives a map, but logits are needed: name a pooling, such as avg")
     if not getattr(model, "pretrained_cfg", None):  # registered by the user, as timm.models.register_model allows
-        layers = [key for key, m in model.named_modules() if isinstance(m, nn.Linear) and m.out_features == num_classes]
-        classifier = layers[-1] if layers else None
-        model.pretrained_cfg = PretrainedCfg(architecture=identifier, classifier=classifier).to_dict()
+        layers = [(key, m.out_features) for key, m in model.named_modules() if isinstance(m, nn.Linear)]
+        layers = [(key, width) for key, width in layers if num_classes in (None, width)]
+        classifier, num_classes = layers[-1] if layers else (None, num_classes)
+        config = PretrainedCfg(architecture=identifier, classifier=classifier, num_classes=num_classes)
+        model.pretrained_cfg, model.num_classes = config.to_dict(), num_classes
     return model
 
 
