@@ -209,7 +209,8 @@ def build_teacher(args: argparse.Namespace, classes: list[str], device: torch.de
             raise UserError(f"{error}{fix}") from error
         outputs = model.num_classes if index is None else len(index)
         if outputs != student.num_classes:
-            raise UserError(f"{what} gives {outputs} logits, the student {student.num_classes}: they must be the same")
+            counts = f"{what} gives {outputs} logits, the student {student.num_classes}"
+            raise UserError(f"{counts}: leave --num-classes out")
     if size != args.input_size:
         log(f"{what} takes images of {size} pixels: the student's, of {args.input_size} pixels, are resized for it")
     scale, shift = losses.renormalization(models.normalization(student), models.normalization(model), device)

@@ -114,8 +114,8 @@ class TrainState:
         weights = extract_weights(checkpoint)
         load_exactly(self.model, weights)
         self._load_optimizer(checkpoint["optimizer"], fresh=checkpoint["epoch"] < 0)
-        load_exactly(self.criterion, checkpoint.get("criterion", {}))
         self.model.load_state_dict(weights)  # the check of the optimizer has made a step
+        load_exactly(self.criterion, checkpoint.get("criterion", {}))
         if checkpoint.get("scaler") and self.scaler.state_dict():
             self.scaler.load_state_dict(checkpoint["scaler"])
         if self.ema is not None and checkpoint.get("model_ema"):

@@ -148,6 +148,7 @@ class ClassFolders(ImageFolder):
         empty = set(range(len(self.classes))) - {label for _, label in self.samples}
         if empty:
             raise ValueError(f"{root} has classes without images: {_first([self.classes[i] for i in sorted(empty)])}")
+        self.targets = [label for _, label in self.samples]
         self.root, self.transform, self.target_transform, self.loader = root, transform, None, LastImage()
 
 

@@ -18,9 +18,8 @@ import torch.distributed as dist
 from utils import Diverged, Stopped, UserError, as_user_error, error_line, one_line, rank, run_status
 
 # Signals of torchrun, SLURM and other batch systems, and of a terminal that closes.
-STOP_SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGQUIT", "SIGXCPU")
-)
+NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGQUIT", "SIGXCPU")
+STOP_SIGNALS = tuple(getattr(signal, name) for name in NAMES)
 GRACE = 20.0  # seconds from a signal to the next step boundary; then the run ends without saving
 
 # Exit codes
@@ -101,11 +100,10 @@ def leave_distributed(code: int = 0) -> None:
     That clean-up made finished runs on two CPU processes abort ("terminate called without an active exception") in
     9 of 60 cases, and hang in some where the group was destroyed first.
     """
-    if not dist.is_initialized():
-        return
-    if code == 0:
-        dist.barrier()
-    end_process(code)
+    if dist.is_initialized():
+        if code == 0:
+            dist.barrier()
+        end_process(code)
 
 
 def end_process(code: int) -> None:
@@ -215,24 +213,20 @@ def end_with_launcher(grace: float = 4.0) -> None:
 def launched_as(expected: int | None = None) -> tuple[int, int]:
     """Return (rank, number of processes) from the launcher's environment, (0, 1) without a launcher.
 
-    Args:
-        expected: the number of processes that the user expects, or None.
-
     Raises:
-        UserError: the variables contradict each other or `expected`, or SLURM started several tasks without them.
+        UserError: the variables contradict each other or the `expected` number of processes.
     """
     env = os.environ
-    found = [name for name in ("RANK", "WORLD_SIZE") if name in env]
-    if not found and env.get("SLURM_NTASKS", "1") != "1" and "SLURM_PROCID" in env:
+    launched = "RANK" in env or "WORLD_SIZE" in env
+    if not launched and "SLURM_PROCID" in env and env.get("SLURM_NTASKS", "1") != "1":
         raise UserError(
             f"SLURM started {env['SLURM_NTASKS']} tasks, but RANK and WORLD_SIZE are not set: run `srun python -m "
             "torch.distributed.run` with one task per node, as in recipes/one_node.slurm, or unset SLURM_NTASKS"
         )
-    if len(found) == 1:
-        raise UserError(f"{found[0]} is set without RANK and WORLD_SIZE both: use torch.distributed.run, or unset it")
-    number, size = env.get("RANK", "0"), env.get("WORLD_SIZE", "1")
+    number, size = (env.get("RANK", "unset"), env.get("WORLD_SIZE", "unset")) if launched else ("0", "1")
     if not (number.isdecimal() and size.isdecimal() and int(number) < int(size)):
-        raise UserError(f"RANK={number} and WORLD_SIZE={size} contradict each other: expected 0 <= RANK < WORLD_SIZE")
+        found = f"RANK is {number} and WORLD_SIZE is {size}"
+        raise UserError(f"{found}: expected 0 <= RANK < WORLD_SIZE, as torch.distributed.run sets them")
     if expected not in (None, int(size)):
         raise UserError(
             f"--world_size {expected} does not match the {size} processes: start with "
@@ -251,9 +245,6 @@ def init_distributed(
         dist_url: rendezvous address for torch.distributed.
         timeout: seconds after which a collective that a process does not join ends the job.
         expected: the number of processes that the user expects, or None.
-
-    Raises:
-        UserError: there is no such device, or the launcher's variables contradict each other.
     """
     number, size = launched_as(expected)
     chosen = _choose_device(device, size)

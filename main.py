@@ -10,6 +10,7 @@ import datetime
 import functools
 import itertools
 import math
+import os
 import resource
 import time
 from pathlib import Path
@@ -61,7 +62,7 @@ def main(args: Flags) -> dict | None:
         models.import_models(args.import_module)
     folder = None if args.eval or args.export or args.dry_run else open_output_folder(args.output_dir)
     path, checkpoint = find_checkpoint(args, folder)
-    if checkpoint is not None and (folder is None or args.resume != "auto"):
+    if checkpoint is not None and (args.eval or args.export or args.resume != "auto"):
         args = complete_args(args, stored_args(checkpoint))
     models.check_name(args.model)
     if args.export:
@@ -70,6 +71,8 @@ def main(args: Flags) -> dict | None:
         models.check_name(args.teacher_model)
     run_status.begin(folder and folder.folder)
     amp_dtype = getattr(torch, args.amp_dtype or ("float16" if device.type == "cuda" else "float32"))
+
+    # Data
     dataset_train, dataset_val = build_datasets(args)
     scoring = {"device": device, "amp_dtype": amp_dtype, "sharded": args.dist_eval}
     if args.eval:
@@ -232,7 +235,7 @@ def write_arguments(args: Flags) -> None:
     if args.output_dir and rank() == 0:
         text = "\n".join(to_arg_lines(args)) + "\n"
         with utils.warn_on(OSError, "run.args not written"):
-            utils.write_atomically(Path(args.output_dir) / "run.args", lambda file: file.write(text.encode()))
+            utils.write_atomically(Path(args.output_dir) / "run.args", lambda file: file.write(os.fsencode(text)))
 
 
 def num_parameters(model: nn.Module) -> int:

@@ -206,7 +206,7 @@ class TalkingHeads(nn.Module):
     rounds once, as computing it in float32 and casting the result does.
 
     Args:
-        attention: timm's module, whose layers are shared.
+        attention: timm's module with its final weights; its layers are shared.
         kernel: `kernels.mix_softmax_mix`, used for half-precision maps on CUDA; None for PyTorch's operators.
     """
 
@@ -216,6 +216,9 @@ class TalkingHeads(nn.Module):
         self.qkv, self.proj = attention.qkv, attention.proj
         self.proj_l, self.proj_w = attention.proj_l, attention.proj_w
         self.kernel = kernel
+        # Rows of L scale, W and w: one small tensor to cast in each forward instead of three.
+        parts = self.proj_l.weight * self.scale, self.proj_w.weight, self.proj_w.bias[None]
+        self.register_buffer("mixes", torch.cat(parts).detach(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens (B, N, C) to (B, N, C)."""
@@ -232,25 +235,23 @@ class TalkingHeads(nn.Module):
         """Write the attention of qkv (B, N, 3, heads, C / heads) to `out` (B, N, heads, C / heads)."""
         images, tokens, _, heads, _ = qkv.shape
         q, k, v = qkv.permute(2, 0, 3, 1, 4).flatten(1, 2)  # one copy of all three, none for a single image
-        maps = self._mix(torch.bmm(q, k.transpose(1, 2)).view(images, heads, tokens, tokens))
+        maps = torch.bmm(q, k.transpose(1, 2)).view(images, heads, -1)
+        mixes = self.mixes.to(v.dtype)
+        if self.kernel is not None and v.is_cuda and v.dtype in (torch.float16, torch.bfloat16):
+            before, after, _ = self.mixes.float().split((heads, heads, 1))
+            self.kernel(maps.view(images, heads, tokens, tokens), before, after)
+        else:
+            # bmm with a repeated weight: `weight @ maps` would fold the images into the rows, and copy the maps for it.
+            before, after, _ = mixes.expand(images, -1, -1).split((heads, heads, 1), dim=1)
+            weights = torch.bmm(before, maps).view(images, heads, tokens, tokens).softmax(dim=-1)
+            maps = torch.bmm(after, weights.flatten(2))
         product = torch.bmm(maps.view(-1, tokens, tokens), v).unflatten(0, (images, heads))
-        bias = self.proj_w.bias.to(v.dtype)[:, None] * v.unflatten(0, (images, heads)).sum(dim=2)
+        bias = mixes[-1][:, None] * v.unflatten(0, (images, heads)).sum(dim=2)
         torch.add(product.transpose(1, 2), bias[:, None], out=out)
-
-    def _mix(self, maps: Tensor) -> Tensor:
-        """Compute W softmax(L scale A) of the maps A (B, heads, N, N); A may be overwritten."""
-        before, after = self.proj_l.weight.float() * self.scale, self.proj_w.weight
-        if self.kernel is not None and maps.is_cuda and maps.dtype in (torch.float16, torch.bfloat16):
-            self.kernel(maps, before, after.float())
-            return maps
-        # bmm with a repeated weight: `weight @ maps` would fold the images into the rows, and copy the maps for that.
-        before, after = (weight.to(maps.dtype).expand(len(maps), -1, -1) for weight in (before, after))
-        weights = torch.bmm(before, maps.flatten(2)).view(maps.shape).softmax(dim=-1)
-        return torch.bmm(after, weights.flatten(2)).view(maps.shape)
 
 
 def fast_attention(model: nn.Module, attention: str = "auto") -> nn.Module:
-    """Replace the attention of a frozen timm model by a faster one for its present device, and return the model.
+    """Replace the attention of a frozen timm model, weights loaded and on its device, and return the model.
 
     Talking heads (CaiT) become `TalkingHeads`. On a CPU, Swin's windows use the fused kernel that timm keeps
     experimental: it takes 10 to 25 % off the forward pass there and has not been measured on a GPU. State-dict keys and

@@ -157,6 +157,7 @@ def draw_training(table: list) -> Figure:
     for i, (row, runs) in enumerate(table):
         style: Any = {"color": COLORS[i % len(COLORS)], "ls": STYLES[i // len(COLORS) % len(STYLES)], "lw": 1.3}
         label = row["method"] if one_student else f"{row['run']}: {row['method']}"
+        label = ", ".join([label, *(f"{name} {text(x)}" for name, x in row["varied"].items() if x not in (None, []))])
         for j, run in enumerate(runs):
             for name, axis in axes.items():
                 points = [(epoch + 1, stats.get(name)) for epoch, stats in sorted(run.epochs.items())]
@@ -175,4 +176,33 @@ def draw_training(table: list) -> Figure:
     for name in mosaic[-1]:
         axes[name].set_xlabel("epoch")
     figure.legend(*axes["test_acc1"].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def text(value) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
+
+
+def draw_sweep(rows: list[dict]) -> Figure:
+    """Draw the best top-1 over the first varied flag, with the deviation over seeds; one line per method and setting.
+
+    A row to which the flag does not apply is a horizontal line.
+    """
+    figure = Figure(figsize=(6, 4.2), dpi=200, layout="constrained")
+    axis, lines = figure.subplots(), {}
+    for row in rows:
+        varied = {name: value if type(value) in (int, float) else text(value) for name, value in row["varied"].items()}
+        (flag, x), *others = varied.items()
+        label = ", ".join([row["method"].partition(" (")[0], *(f"{name} {y}" for name, y in others if y != "")])
+        lines.setdefault(label, []).append((x, row["best"], row["best_std"] or 0))
+    for i, (label, points) in enumerate(lines.items()):
+        style: Any = {"color": COLORS[i % len(COLORS)], "label": label}
+        if points[0][0] == "":
+            axis.axhline(points[0][1], ls="--", **style)
+        else:
+            axis.errorbar(*zip(*points, strict=True), marker=MARKERS[i % len(MARKERS)], capsize=2, **style)
+    axis.set(xlabel=f"--{flag}", ylabel="best top-1 on the validation set, %")
+    axis.grid(color="0.9")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure

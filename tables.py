@@ -8,168 +8,62 @@ import os
 import signal
 import statistics
 import sys
-from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 
-# Arguments that cannot change the result. All others keep runs apart, including flags that later versions add.
-NEUTRAL = {
-    *("output_dir", "resume", "start_epoch", "overwrite", "save_every", "eval", "eval_ema", "export", "dry_run"),
-    *("dist_eval", "dist_url", "dist_timeout", "device", "num_workers", "pin_mem", "loader_timeout", "compile", "seed"),
-    *("spectral_impl", "skip_bad_images", "model_ema_force_cpu", "patience_epochs"),
-    *("world_size", "batch_size", "accum_steps"),  # only their product matters
-}
-FEATURE = ["s_id", "t_id", "feature_loss"]
-TEACHER = ["teacher_model", "teacher_path", "teacher_kwargs", "distillation_alpha", "distillation_tau", "w_fft"]
-PUBLISHED = json.loads((Path(__file__).parent / "recipes" / "published.json").read_text(encoding="utf-8"))
+from runs import DEFAULTS, FEATURE, NEUTRAL, PUBLISHED, TEACHER, Run, fingerprint, read_runs, warn
 
-
-def warn(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
-@dataclass
-class Run:
-    """A log and the arguments stored with it; `args` and `settings` are empty if they are unknown."""
-
-    log: Path
-    epochs: dict[int, dict]  # the numbers of each epoch's line
-    args: dict
-    settings: dict
-
-    def __post_init__(self):
-        self.folder = self.log.resolve().parent
-        self.name = self.folder.name if self.log.name == "log.txt" else self.log.stem
-        self.epochs_seen = max(self.epochs) + 1
-        self.done = self.epochs_seen >= num_epochs(self.args) if self.args else None
-        in_order = [stats for _, stats in sorted(self.epochs.items())]
-        top1 = [stats["test_acc1"] for stats in in_order]
-        ema = [stats["test_ema_acc1"] for stats in in_order if "test_ema_acc1" in stats]
-        last10 = statistics.fmean(top1[-10:]) if len(top1) >= 10 else None
-        self.top1 = {"best": max(top1), "last": top1[-1], "last10": last10, "ema_best": max(ema, default=None)}
-
-
-def read_run(path: str) -> Run:
-    """Read the folder of a run, or a log file; a ValueError or OSError if it is not one."""
-    log = Path(path) / "log.txt" if Path(path).is_dir() else Path(path)
-    epochs = read_epochs(log)
-    stored = log.with_name("args.json")
-    if log.name == "log.txt" and stored.exists():
-        try:
-            args = json.loads(stored.read_text(encoding="utf-8"))
-            return Run(log, epochs, args, settings(args))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            warn(f"{stored}: not the arguments of a run; its log is shown without them")
-    return Run(log, epochs, {}, {})
-
-
-def read_epochs(log: Path) -> dict[int, dict]:
-    """Return the numbers of each epoch. Of lines that repeat an epoch, as after a resume of DeiT, the last counts."""
-    lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
-    epochs: dict[int, dict] = {}
-    for number, line in enumerate(lines, 1):
-        try:
-            stats = json.loads(line)
-            if not isinstance(stats["epoch"], int) or not math.isfinite(stats["test_acc1"]):
-                raise ValueError(line)
-        except (ValueError, KeyError, TypeError):
-            if not epochs or number < len(lines):
-                raise ValueError(f"line {number} is not an epoch of a run") from None
-            warn(f"{log}: the last line is incomplete and was skipped")
-        else:
-            if stats["epoch"] in epochs:
-                warn(f"{log}: line {number} repeats epoch {stats['epoch']}; the later line counts")
-            epochs[stats["epoch"]] = stats
-    if not epochs:
-        raise ValueError("it holds no epoch yet")
-    return epochs
-
-
-def num_epochs(args: dict) -> int:
-    """Return the length of a run; timm's cyclic schedules add the cool-down."""
-    cyclic = args["sched"].startswith(("cosine", "tanh", "poly", "wsd", "rsqrt"))
-    return args["epochs"] + (args["cooldown_epochs"] if cyclic else 0)
-
-
-def settings(args: dict) -> dict:
-    """Return the arguments that the result depends on; runs with equal ones differ only in their seed.
-
-    Raises:
-        KeyError, TypeError, AttributeError: they are not the arguments of a run.
-    """
-    known = {name: value for name, value in args.items() if name not in NEUTRAL}
-    num_epochs(args)  # raises if its arguments are missing
-    for name in ("model_kwargs", "teacher_kwargs"):  # version 0.1 stored lists of KEY=VALUE
-        known[name] = [f"{k}={v}" for k, v in args[name].items()] if isinstance(args[name], dict) else list(args[name])
-    known["s_id"], known["t_id"] = list(args["s_id"]), list(args["t_id"])
-    known["global_batch"] = args["world_size"] * args["batch_size"] * args["accum_steps"]
-    known["amp_dtype"] = args["amp_dtype"] or ("float32" if args["device"] == "cpu" else "float16")
-    known["data_path"] = PurePath(args["data_path"] or "").name  # its folder may differ between machines
-    known["w_fft"] = args["w_fft"] * known.pop("distillation_beta")
-    unused = FEATURE * (known["w_fft"] == 0) + ["distillation_tau"] * (args["distillation_type"] != "soft")
-    unused += (TEACHER + FEATURE) * (args["distillation_type"] == "none")
-    return {name: value for name, value in known.items() if name not in unused}
-
-
-def fingerprint(known: dict, without=(), **changed) -> str:
-    return json.dumps({name: value for name, value in known.items() if name not in without} | changed, sort_keys=True)
-
-
-def published(known: dict) -> tuple[float | None, str | None]:
-    """Return top-1 and source of the published result that a run of these settings repeats, or Nones."""
-    for entry in PUBLISHED["results"]:
-        needs = {name: value for name, value in entry.items() if name not in ("top1", "source")}
-        while "like" in needs:
-            needs = PUBLISHED["settings"][needs.pop("like")] | needs
-        if all(name in known and known[name] == value for name, value in needs.items()):
-            return entry["top1"], entry["source"]
-    return None, None
-
-
-METHODS = ("none", "soft KD", "MSE baseline", "SpectralKD", "fft", "hard")  # in the order of the table
+KINDS = ("none", "soft KD", "fft", "hard")  # in the order of the table
+NAMES = {"soft KD + spectral": "SpectralKD", "soft KD + mse": "MSE baseline"}
 
 
 def method(run: Run) -> tuple[int, str]:
     """Return the position and name of a run's method; without arguments, the loss terms in its log."""
-    known = run.settings
+    known, entry = run.settings, run.entry
+    if not known and entry:
+        return PUBLISHED["results"].index(entry), entry["method"]
     if not known:
         terms = [t for t in ("base", "dist", "fft") if any(e.get(f"train_loss_{t}") for e in run.epochs.values())]
-        return len(METHODS), f"unknown; loss terms {', '.join(terms)}" if terms else "unknown"
-    kind, count, mse = known["distillation_type"], len(known.get("s_id", [])), known.get("feature_loss") == "mse"
-    if kind == "soft":
-        name = kind = ("MSE baseline" if mse else "SpectralKD") if count else "soft KD"
-    else:
-        name = kind + (" + MSE" if mse else " + spectral" if count else "")
-    return METHODS.index(kind), f"{name} ({count} pair{'s' * (count > 1)})" if count else name
+        return 2 * len(KINDS), f"unknown; loss terms {', '.join(terms)}" if terms else "unknown"
+    name = kind = known["distillation_type"].replace("soft", "soft KD")
+    if count := len(known.get("s_id", [])):
+        name = f"{kind} + {known['feature_loss']}"
+        name = f"{NAMES.get(name, name)} ({count} pair{'s' * (count > 1)})"
+    return 2 * KINDS.index(kind) + (count > 0), name
+
+
+def as_text(value) -> str:
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value))
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def make_row(runs: list[Run], teachers: dict[Path, float]) -> dict:
     """Return the row of runs that differ only in their seed. `teachers` maps checkpoints to their top-1."""
-    run, names = runs[0], [r.name for r in runs]
+    run, names, entry = runs[0], [r.name for r in runs], runs[0].entry or {}
     known, seeds = run.settings, [r.args["seed"] for r in runs if r.args]
     row = {
         "run": os.path.commonprefix(names) + "*" * (len(names) > 1),  # noqa: RUF071 a prefix of characters
-        "data_set": known.get("data_set"),
-        "student": " ".join([known["model"], *known["model_kwargs"]]) if known else None,
+        "data_set": known.get("data_set", "IMNET" if entry else None),
+        "student": " ".join([known["model"], *known["model_kwargs"]]) if known else entry.get("student"),
         "teacher": " ".join([known["teacher_model"], *known["teacher_kwargs"]]) if "teacher_model" in known else None,
         "teacher_top1": teachers.get(Path(known["teacher_path"]).resolve()) if known.get("teacher_path") else None,
         "method": method(run)[1],
-        "epochs": num_epochs(run.args) if run.args else None,
+        "epochs": run.num_epochs,
         "epochs_seen": run.epochs_seen,
         "done": run.done,
-        "global_batch": known.get("global_batch"),
+        "global_batch": known.get("global_batch", entry.get("global_batch")),
         "seeds": seeds,
     }
+    if not known:
+        row["teacher"] = entry.get("teacher")
     for name in run.top1:
         values = [r.top1[name] for r in runs if r.top1[name] is not None]
         row[name] = statistics.fmean(values) if values else None
         # Two runs of the same seed do not show the spread over seeds.
         row[f"{name}_std"] = statistics.stdev(values) if len(set(seeds)) == len(values) > 1 else None
     row |= dict.fromkeys(("gain_no_teacher", "gain_no_teacher_se", "gain_soft_kd", "gain_soft_kd_se"))
-    row["parameters"] = run.epochs[max(run.epochs)].get("n_parameters")
-    imagenet = row["parameters"] == PUBLISHED["parameters"].get(known.get("model"))
-    row["published"], row["source"] = published(known) if imagenet else (None, None)
-    row["logs"] = [str(r.log) for r in runs]
-    return row
+    row |= {"parameters": run.parameters, "published": entry.get("best"), "source": entry.get("source")}
+    return row | {"logs": [str(r.log) for r in runs], "varied": {}}
 
 
 def add_gains(row: dict, known: dict, controls: dict[str, dict]) -> None:
@@ -184,48 +78,61 @@ def add_gains(row: dict, known: dict, controls: dict[str, dict]) -> None:
                 row[f"{name}_se"] = math.hypot(*(r["best_std"] / math.sqrt(len(r["seeds"])) for r in (row, control)))
 
 
-def name_differences(table: list[tuple[dict, list[Run]]]) -> None:
-    """Append the settings that differ to the method of rows that would look the same."""
+def add_varied(table: list[tuple[dict, list[Run]]], names: list[str]) -> None:
+    """Add the values of the settings named, or else of those that differ between rows that would look the same."""
     alike: dict[tuple, list] = {}
     for row, runs in table:
         look = tuple(row[name] for name in ("data_set", "student", "teacher", "method", "epochs", "global_batch"))
-        alike.setdefault(look, []).append((row, runs[0].settings))
-    for same in alike.values():
-        for name in sorted(set().union(*(known for _, known in same))):
-            if any(known.get(name) != same[0][1].get(name) for _, known in same):
-                for row, known in same:
-                    value = known.get(name)
-                    row["method"] += f", {name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+        alike.setdefault(look, []).append(runs[0].settings)
+    groups = () if names else alike.values()
+    differ = {name for same in groups for name in set().union(*same) if len({as_text(k.get(name)) for k in same}) > 1}
+    for row, runs in table:
+        row["varied"] = {name.replace("_", "-"): runs[0].settings.get(name) for name in names or sorted(differ)}
 
 
-def tabulate(runs: list[Run]) -> list[tuple[dict, list[Run]]]:
-    """Group runs into rows: for each data set teachers first, then for each student controls before methods."""
+def order_of(value) -> tuple:
+    """Return a sort key: nothing first, then numbers, then text."""
+    number = isinstance(value, (int, float))
+    return value is not None, not number, value if number else 0, as_text(value)
+
+
+def tabulate(runs: list[Run], vary: list[str]) -> list[tuple[dict, list[Run]]]:
+    """Group runs into rows: for each data set teachers first, then for each student controls before methods.
+
+    Args:
+        vary: settings that get a column and give the order.
+    """
     teachers: dict[Path, float] = {}
     groups: dict[str | Path, list[Run]] = {}
     for run in runs:
         teachers |= {run.folder / "model_best.pth": run.top1["best"], run.folder / "checkpoint.pth": run.top1["last"]}
         # Unfinished runs, and runs with unknown arguments, have a row each.
-        groups.setdefault(fingerprint(run.settings) if run.done else run.log, []).append(run)
+        groups.setdefault(fingerprint(run.settings) if run.args and run.done else run.log, []).append(run)
     teaching = {Path(run.settings.get("teacher_path") or "/").resolve().parent for run in runs}
 
     def order(runs):
         run, known = runs[0], runs[0].settings
         model = [known.get(name, "") for name in ("model", "model_kwargs", "epochs", "global_batch")] if known else []
-        data_set, learns = known.get("data_set", "~"), run.folder not in teaching
-        return data_set, learns, model, method(run)[0], run.done is False, run.name
+        data_set = known.get("data_set") or ("IMNET" if run.entry else "~")
+        learns = run.folder not in teaching
+        return data_set, learns, model, method(run), run.done is False, run.name
 
     table = [(make_row(group, teachers), group) for group in sorted(groups.values(), key=order)]
-    finished = [(row, group[0].settings) for row, group in table if row["done"]]
+    finished = [(row, group[0].settings) for row, group in table if row["done"] and group[0].args]
     controls = {fingerprint(known): row for row, known in finished}
     for row, known in finished:
         add_gains(row, known, controls)
-    name_differences(table)
-    return table
+    add_varied(table, vary)
+    return sorted(table, key=lambda pair: [order_of(value) for value in pair[0]["varied"].values()] if vary else 0)
 
 
 def with_error(row: dict, name: str, sign: str = "") -> str:
     value, error = row[name], row.get(f"{name}_std", row.get(f"{name}_se"))
     return "" if value is None else f"{value:{sign}.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+
+MEANING = """Top-1 in percent; ± is the sample standard deviation over seeds. Gains compare the best epochs of runs that
+differ in nothing else; their ± is the standard error of the difference. Unfinished runs are excluded."""
 
 
 def markdown(rows: list[dict]) -> str:
@@ -245,6 +152,7 @@ def markdown(rows: list[dict]) -> str:
             "student": model(row["student"]) or f"unknown, {row['parameters'] or '?'} parameters",
             "teacher": model(row["teacher"]) + teacher,
             "method": row["method"],
+            **{name: as_text(value) for name, value in row["varied"].items()},
             "epochs": f"{seen} seen" if total is None else total if row["done"] else f"{seen} of {total}",
             "batch": row["global_batch"] or "",
             "seeds": f"{seeds} (n = {len(row['seeds'])})" if len(row["seeds"]) > 1 else seeds,
@@ -258,51 +166,97 @@ def markdown(rows: list[dict]) -> str:
             "source": row["source"] or "",
         }
 
-    table = [{name: str(cell).replace("|", "\\|") for name, cell in cells(row).items()} for row in rows]
-    columns = [name for name in table[0] if name != "best of EMA" or any(row[name] for row in table)]
+    lines = [*align([cells(row) for row in rows]), ""]
+    lines += [f"[{number}] {kwargs}  " for kwargs, number in notes.items()]
+    return "\n".join(lines) + "\n" + MEANING
+
+
+def align(table: list[dict]) -> list[str]:
+    """Return the lines of a Markdown table without the columns that are empty."""
+    table = [{name: str(cell).replace("|", "\\|") for name, cell in row.items()} for row in table]
+    columns = [name for name in table[0] if any(row[name] for row in table)]
     widths = [max(len(name), *(len(row[name]) for row in table)) for name in columns]
     body = [columns, ["-" * width for width in widths], *([row[name] for name in columns] for row in table)]
-    lines = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in body]
-    lines += ["", *(f"[{number}] {kwargs}  " for kwargs, number in notes.items())]
-    lines += [
-        "Top-1 in percent; ± is the sample standard deviation over seeds. Gains compare the best epochs of runs that"
-    ]
-    lines += ["differ in nothing else; their ± is the standard error of the difference. Unfinished runs are excluded."]
+    return ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in body]
+
+
+def published_rows(table: list[tuple[dict, list[Run]]]) -> list[dict]:
+    """Return all published results, each beside the rows of runs that repeat it or of its released log."""
+    for row, runs in table:
+        if runs[0].entry is None:
+            warn(f"{row['run']}: not shown, because it repeats no published result")
+    first = ("student", "teacher", "method", "epochs", "global_batch", "best", "last", "last10")
+    last = ("recipe", "differences", "source")
+    measured = ("best", "best_std", "last", "last_std", "last10", "last10_std")
+    rows = []
+    for entry in PUBLISHED["results"]:
+        for row in [row for row, runs in table if runs[0].entry is entry] or [{}]:
+            shown = {name: entry[name] for name in first}
+            shown |= {name: row.get(name) for name in ("run", "seeds", "epochs_seen")}
+            shown |= {f"measured_{name}": row.get(name) for name in measured}
+            rows.append(shown | {name: entry[name] for name in last})
+    return rows
+
+
+def published_markdown(rows: list[dict]) -> str:
+    """Return the published results as aligned Markdown, with what its numbers mean."""
+
+    def cells(row):
+        numbers = {name: with_error(row, name) for name in row if name.startswith("measured")}
+        texts = {name: as_text(value) for name, value in row.items()} | numbers
+        return {name.replace("_", " "): text for name, text in texts.items() if not name.endswith("_std")}
+
+    lines = [*align([cells(row) for row in rows]), ""]
+    lines += ["Top-1 on ImageNet-1K in percent: best epoch, last epoch, mean of the last 10; published: one seed each."]
     return "\n".join(lines)
+
+
+def write_csv(rows: list[dict]) -> None:
+    rows = [row | row.get("varied", {}) for row in rows]
+    writer = csv.DictWriter(
+        sys.stdout, [name for name in rows[0] if name != "varied"], "", "ignore", lineterminator="\n"
+    )
+    writer.writeheader()
+    writer.writerows({name: as_text(v) if isinstance(v, list) else v for name, v in row.items()} for row in rows)
+
+
+def varied_flags(text: str) -> list[str]:
+    names = [name.strip().lstrip("-").replace("-", "_") for name in text.split(",")]
+    if unknown := [name for name in names if name not in DEFAULTS.keys() - NEUTRAL]:
+        raise argparse.ArgumentTypeError(f"expected flags of main.py that change the result, got {unknown[0]}")
+    return names
 
 
 def main(argv: list[str] | None = None) -> int:
     """Return the exit code: 2 if no argument could be read or the plot could not be written."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("paths", nargs="+", help="folders of runs, or log files")
+    parser.add_argument("paths", nargs="*", help="folders of runs, folders that contain them, or log files")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--csv", action="store_true", help="print comma-separated values instead of Markdown")
     form.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
-    parser.add_argument("--plot", metavar="FILE.png", help="also draw the training curves")
+    parser.add_argument("--published", action="store_true", help="print all published results, beside these runs")
+    help_text = "flags to show and to sort by, as of a sweep; default: those that tell rows apart"
+    parser.add_argument("--vary", type=varied_flags, default=[], metavar="FLAG,...", help=help_text)
+    help_text = "also draw the training curves, or with --vary the best top-1 over the first flag"
+    parser.add_argument("--plot", metavar="FILE.png", help=help_text)
     args = parser.parse_args(argv)
-    runs = {}
-    for path in args.paths:
-        try:
-            run = read_run(path)
-            runs[run.log.resolve()] = run
-        except (OSError, ValueError) as error:
-            warn(f"{path}: skipped, {getattr(error, 'strerror', None) or error}")
-    if not runs:
+    runs = read_runs(args.paths)
+    if not runs and (args.paths or not args.published):
         warn("error: none of the arguments is the folder or the log of a run: give folders that contain log.txt")
         return 2
-    table = tabulate(list(runs.values()))
-    rows = [row for row, _ in table]
+    table = tabulate(runs, args.vary)
+    rows = published_rows(table) if args.published else [row for row, _ in table]
     if args.csv:
-        writer = csv.DictWriter(sys.stdout, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(row | {name: " ".join(map(str, row[name])) for name in ("seeds", "logs")} for row in rows)
+        write_csv(rows)
     else:
-        print(json.dumps(rows, indent=1) if args.json else markdown(rows))
-    if args.plot:
+        as_markdown = published_markdown if args.published else markdown
+        print(json.dumps(rows, indent=1) if args.json else as_markdown(rows))
+    if args.plot and table:
         import plots  # matplotlib is slow to import
 
         try:
-            plots.draw_training(table).savefig(args.plot)
+            figure = plots.draw_sweep([row for row, _ in table]) if args.vary else plots.draw_training(table)
+            figure.savefig(args.plot)
         except (OSError, ValueError) as error:
             warn(f"error: --plot {args.plot}: {getattr(error, 'strerror', None) or error}")
             return 2

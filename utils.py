@@ -74,8 +74,11 @@ def warn_on(kind: type[Exception], message: str) -> Iterator[None]:
 def log(*words: Any, every_rank: bool = False) -> None:
     """Print on rank 0, or on every rank. A full disk or a closed pipe costs the line, not the run."""
     if every_rank or rank() == 0:
-        with contextlib.suppress(OSError):
+        try:
             print(*words, flush=True)
+        except OSError:  # drop the line, or every later flush would fail with it
+            old = sys.stdout
+            sys.stdout = open(old.fileno(), "w", closefd=False, encoding=old.encoding, errors=old.errors)  # noqa: SIM115
 
 
 # Ranks

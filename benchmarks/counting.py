@@ -10,18 +10,19 @@ import math
 from unittest import mock
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-aten = torch.ops.aten
+aten, sdpa = torch.ops.aten, torch.nn.functional.scaled_dot_product_attention
 # The model of `Count.seconds`: an H100 (SXM) at the share of its peaks that large kernels usually reach.
 BYTES_PER_SECOND, FLOPS_PER_SECOND, SECONDS_PER_KERNEL = 2.7e12, 450e12, 2.5e-6
 # timm's published eager CaiT-S24 forwards take 1.13 and 1.28 times what the model says for their GPUs.
 CALIBRATION = 1.2
 NO_KERNEL = {"_unsafe_view", "detach", "alias", "lift_fresh", "empty", "empty_like", "empty_strided", "new_empty"}
 NO_KERNEL |= {"new_empty_strided", "_fused_sdp_choice", "is_same_size", "record_stream", "is_pinned", "device"}
+FOREACH_TYPES = [torch.Tensor, torch.nn.Parameter, FakeTensor]
 WRITES_ONLY = {"copy_", "fill_", "zero_", "normal_", "uniform_", "exponential_"}
 
 
@@ -32,8 +33,18 @@ def fake_cuda():
         FakeTensorMode(allow_non_fake_inputs=True),
         mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False),
         mock.patch("torch.cuda.is_bf16_supported", return_value=True),
+        mock.patch.object(torch.Tensor, "backward", backward),
+        mock.patch("torch.utils._foreach_utils._foreach_supported_types", FOREACH_TYPES),
+        mock.patch("torch.nn.functional.scaled_dot_product_attention", _flash_attention),
     ):
         yield torch.device("cuda:0")
+
+
+def _flash_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
+    """Attention as a GPU runs it; without one, PyTorch chooses separate operators for FakeTensors."""
+    if query.dtype == torch.float32 or attn_mask is not None:
+        return sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
+    return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
 
 
 def to_fake(model, device="cuda:0"):
@@ -46,6 +57,40 @@ def to_fake(model, device="cuda:0"):
                     is_parameter = isinstance(tensor, torch.nn.Parameter)
                     tensors[name] = torch.nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
     return model
+
+
+def backward(loss):
+    """Run the backward pass in Python, node by node, because autograd's engine asks the CUDA driver for its devices."""
+    waiting = collections.Counter()  # edges into each node whose gradient has not come yet
+    found, todo = {loss.grad_fn}, [loss.grad_fn]
+    while todo:
+        for child, _ in todo.pop().next_functions:
+            if child is not None:
+                waiting[child] += 1
+                if child not in found:
+                    found.add(child)
+                    todo.append(child)
+    gradients, ready = {loss.grad_fn: {0: torch.ones_like(loss)}}, [loss.grad_fn]
+    while ready:
+        node = ready.pop()
+        inputs = gradients.pop(node, {})
+        if hasattr(node, "variable"):
+            node.variable.grad = inputs.get(0)
+            continue
+        call = node if callable(node) else node.apply  # a node of C++, or of an autograd.Function
+        results = call(*(inputs.get(i) for i in range(1 + max(inputs, default=0))))
+        results = results if isinstance(results, tuple) else (results,)
+        for (child, index), gradient in zip(node.next_functions, results, strict=True):
+            if child is None:
+                continue
+            if gradient is not None:
+                metadata = child._input_metadata[index]
+                gradient = gradient.sum_to_size(metadata.shape).to(metadata.dtype)  # as the engine does
+                known = gradients.setdefault(child, {})
+                known[index] = known[index] + gradient if index in known else gradient
+            waiting[child] -= 1
+            if not waiting[child]:
+                ready.append(child)
 
 
 class Count(TorchDispatchMode):

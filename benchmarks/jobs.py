@@ -46,6 +46,7 @@ def add_flags(parser, batch_size=16):
         "--teacher-attention", default="auto", choices=("auto", "timm", "eager", "triton"), help="own job only"
     )
     parser.add_argument("--pairs", type=int, default=8, help="how many of the published pairs, from the first")
+    parser.add_argument("--depth", type=int, help="blocks of both models, for a quick try; all by default")
     parser.add_argument("--batch-size", type=int, default=batch_size, help="batch size per process")
     parser.add_argument("--input-size", type=int, default=224, help="side of the images, pixels")
     parser.add_argument("--amp-dtype", default="float32", choices=("float16", "bfloat16", "float32"), help="autocast")
@@ -53,7 +54,8 @@ def add_flags(parser, batch_size=16):
 
 
 def timm_model(name, args):
-    return timm.create_model(name, num_classes=NUM_CLASSES, img_size=args.input_size)
+    depth = {"depth": args.depth} if args.depth else {}
+    return timm.create_model(name, num_classes=NUM_CLASSES, img_size=args.input_size, **depth)
 
 
 def fast_job(args):
@@ -65,6 +67,7 @@ def fast_job(args):
             *("--s-id", *map(str, student_ids), "--t-id", *map(str, teacher_ids), "--data-set", "GRATINGS"),
             *("--batch-size", str(args.batch_size), "--device", args.device, "--input-size", str(args.input_size)),
             *("--amp-dtype", args.amp_dtype, "--compile", args.compile),
+            *(("--model-kwargs", f"depth={args.depth}") if args.depth else ()),
         ]
     )
     device, amp_dtype = torch.device(args.device), getattr(torch, args.amp_dtype)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ROOT, STUDENT, TEACHER, distil, tiny_run
+from conftest import ROOT, STUDENT, TEACHER, distil, jpeg_folder, tiny_run
 from PIL import Image
 from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -381,11 +381,7 @@ def test_first_takes_the_first_images_and_seed_draws_others():
 
 @pytest.fixture
 def jpegs(tmp_path):
-    for name in ("ant", "bee"):
-        (tmp_path / "val" / name).mkdir(parents=True)
-        for i in range(2):
-            Image.new("RGB", (40, 30), (60 * i, 90, 120)).save(tmp_path / "val" / name / f"{i}.jpg")
-    return tmp_path
+    return jpeg_folder(tmp_path, splits=("val",), images=2)
 
 
 def test_an_image_folder_needs_only_val(jpegs, capsys):

@@ -13,9 +13,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_run
+from conftest import jpeg_folder, tiny_run
 from PIL import Image
-from processes import alive, codes, descendants, errors, fork, status, strike, torchrun, until
+from processes import alive, codes, descendants, epochs, errors, fork, status, strike, torchrun, until
 from torch import nn
 
 import checkpoint
@@ -35,10 +35,6 @@ def flags_of(folder, *more):
 
 def saved(folder, name="checkpoint.pth"):
     return torch.load(folder / name, weights_only=True)
-
-
-def epochs(folder):
-    return [json.loads(line)["epoch"] for line in (folder / "log.txt").read_text().splitlines()]
 
 
 def assert_same_state(one, other):
@@ -69,15 +65,14 @@ torch.nn.modules.module.register_module_forward_pre_hook(hook)
 # Divergence
 
 
-def poison(what, *, steps, rank):
-    """Return statements for `before`: on one rank, replace the student's output in these training steps by `what`.
+def poison(*, steps, rank):
+    """Return statements for `before`: on one rank, make the student's output NaN in these training steps.
 
     Each rank also leaves its weights, as evaluation sees them, in rank<r> of the output folder.
     """
     return f"""
 import os, sys, torch
-rank = int(os.environ.get("RANK", 0))
-seen = 0
+rank, seen = int(os.environ.get("RANK", 0)), -1
 def replace(module, args, output):
     global seen
     if type(module).__name__ != "VisionTransformer":
@@ -87,18 +82,14 @@ def replace(module, args, output):
         torch.save(module.state_dict(), folder + f"/rank{{rank}}")
         return
     seen += 1
-    if rank == {rank} and seen - 1 in {list(steps)}:
-        return {what}
+    if rank == {rank} and seen in {list(steps)}:
+        return output * torch.nan
 torch.nn.modules.module.register_module_forward_hook(replace)
 """
 
 
-NAN = "output * float('nan')"
-BAD_GRADIENT = "output.register_hook(lambda gradient: gradient * float('inf')) and None"
-
-
 def test_one_bad_loss_makes_all_ranks_skip_the_step(tmp_path):
-    before = poison(NAN, steps=(2, 3, 5), rank=1)
+    before = poison(steps=(2, 3, 5), rank=1)
     runs = fork(*FOUR_STEPS, "--epochs", 3, "--output_dir", tmp_path, ranks=2, before=before)
     assert codes(runs) == [0, 0]
     ranks = [torch.load(tmp_path / f"rank{r}", weights_only=True) for r in (0, 1)]
@@ -113,7 +104,7 @@ def test_one_bad_loss_makes_all_ranks_skip_the_step(tmp_path):
 
 def test_third_bad_loss_in_a_row_stops_all_ranks(tmp_path):
     """Counted across epochs: the last step of epoch 0 and the first two of epoch 1."""
-    before = poison(NAN, steps=(3, 4, 5), rank=1)
+    before = poison(steps=(3, 4, 5), rank=1)
     runs = fork(*FOUR_STEPS, "--epochs", 3, "--output_dir", tmp_path, ranks=2, before=before)
     assert codes(runs) == [3, 3]
     message = "error: term loss_base of rank 1 was not finite 3 steps in a row, epoch 1, step 1"
@@ -122,22 +113,6 @@ def test_third_bad_loss_in_a_row_stops_all_ranks(tmp_path):
     assert checkpoint.first_not_finite(saved(tmp_path)) is None
     assert status(tmp_path)["status"] == "diverged"
     assert "term loss_base of rank 1" in status(tmp_path)["reason"]
-
-
-@pytest.mark.parametrize(
-    ("dtype", "message"),
-    [
-        ("float32", "error: 20 steps in a row had no finite gradient, up to epoch 4, step 3"),
-        ("float16", "error: the gradient scale fell to 0.5 in epoch 2"),  # 2^11 halved 12 times
-    ],
-)
-def test_run_without_a_finite_gradient_is_stopped(dtype, message, tmp_path):
-    flags = (*FOUR_STEPS, "--epochs", 9, "--amp-dtype", dtype, "--output_dir", tmp_path)
-    low_scale = "import torch; torch.amp.GradScaler.__init__.__defaults__ = ('cuda', 2.0**11, 2.0, 0.5, 2000, True)"
-    runs = fork(*flags, ranks=2, before=low_scale + poison(BAD_GRADIENT, steps=range(99), rank=0))
-    assert codes(runs) == [3, 3]
-    assert errors(runs)[0] == message
-    assert status(tmp_path)["status"] == "diverged"
 
 
 def test_bad_weights_are_never_saved(tmp_path):
@@ -302,7 +277,7 @@ def test_start_stopped_by_another_failure_is_not_preempted(tmp_path):
     wait_or_fail = on_student(
         """
 if rank == 1:
-    raise ValueError("the sky fell")
+    raise LookupError("the sky fell")
 print("waits", flush=True)
 time.sleep(60)
 """,
@@ -405,11 +380,11 @@ def test_restarts_that_cannot_work_are_refused(flags, message, tmp_path):
 
 
 def test_torchrun_names_the_rank_that_raised_and_its_error(tmp_path):
-    fail = on_student("if rank == 1:\n    raise ValueError('the sky fell')", training=False)
+    fail = on_student("if rank == 1:\n    raise LookupError('the sky fell')", training=False)
     run = torchrun(*flags_of(tmp_path), before=fail)
     assert run.code() not in (0, None)
     root_cause = run.text[run.text.index("Root Cause") :]
-    assert re.search(r"rank *: 1 .*exitcode *: 1 .*ValueError: the sky fell", root_cause, re.DOTALL)
+    assert re.search(r"rank *: 1 .*exitcode *: 1 .*LookupError: the sky fell", root_cause, re.DOTALL)
     assert status(tmp_path)["status"] == "failed"
     assert status(tmp_path)["reason"] == "the sky fell"
 
@@ -557,17 +532,18 @@ def test_closed_stdout_does_not_end_two_processes(tmp_path):
 
 
 STRICT = "import sys; sys.stdout.reconfigure(encoding='ascii', errors='strict')\n"  # as PYTHONIOENCODING=ascii:strict
+FULL = "import os; os.dup2(os.open('/dev/full', os.O_WRONLY), 1)\n"
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("stdout", [STRICT, "import sys; sys.stdout = open('/dev/full', 'w')\n"], ids=["ascii", "full"])
+@pytest.mark.parametrize("stdout", [STRICT, FULL], ids=["ascii", "full"])
 def test_warning_that_cannot_be_printed_does_not_end_the_run(stdout, workers, images, tmp_path):
     """An unreadable image whose name is Latin-1 under a UTF-8 locale, in an output folder with a Chinese name."""
     root = shutil.copytree(images, tmp_path / "images")
     os.rename(root / "train" / "ant" / "3.jpg", os.fsencode(root / "train" / "ant") + b"/caf\xe9.jpg")
     folder = tmp_path / "模型"
     run = fork(*imagenet_flags(root, folder, "--num_workers", workers, "--skip-bad-images", 1), before=stdout)
-    assert run.code() == 0, run.text
+    assert run.code() == 0
     assert stdout != STRICT or r"caf\udce9.jpg" in run.text
     assert status(folder)["status"] == "done"
 
@@ -590,12 +566,7 @@ def test_output_folder_whose_name_is_not_unicode_works(tmp_path):
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     """Return an IMNET folder of 2 classes x 16 images; train/ant/3.jpg is text."""
-    root = tmp_path_factory.mktemp("images")
-    for split in ("train", "val"):
-        for name in ("ant", "bee"):
-            (root / split / name).mkdir(parents=True)
-            for i in range(16):
-                Image.new("RGB", (40, 30), (16 * i, 90, 120)).save(root / split / name / f"{i}.jpg")
+    root = jpeg_folder(tmp_path_factory.mktemp("images"), images=16)
     (root / "train" / "ant" / "3.jpg").write_text("no image")
     return root
 
@@ -646,6 +617,15 @@ def test_failure_in_validation_keeps_the_trained_epoch(images, tmp_path):
     assert len({(line["train_loss"], line["test_loss"]) for line in lines}) == 1
 
 
+def test_unreadable_validation_image_is_found_before_training(images, tmp_path):
+    root = shutil.copytree(images, tmp_path / "images")
+    (root / "val" / "bee" / "9.jpg").write_text("no image")
+    run = fork(*imagenet_flags(root, tmp_path / "out"))
+    assert run.code() == 2
+    assert errors([run])[0].startswith(f"error: cannot read image {root / 'val' / 'bee' / '9.jpg'}")
+    assert "Epoch: [0]" not in run.text
+
+
 KILL_WORKERS = """
 import os, signal, time
 from multiprocessing import active_children
@@ -690,7 +670,7 @@ torch.save = save_and_kill
     run = fork(*flags_of(tmp_path, "--num_workers", 1), before=KILL_WORKERS + kill_in_save)
     assert run.code() == 2
     assert len(errors([run])) == 1
-    assert saved(tmp_path)["trained"]
+    assert saved(tmp_path)["epoch"] == 0
 
 
 def test_signal_while_a_loader_is_built_is_one_line(tmp_path):
@@ -758,10 +738,10 @@ def test_mistake_of_the_second_rank_alone_is_printed():
 
 STARTS = {
     "slurm": ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, "SLURM started 4 tasks, but RANK .*srun python -m torch"),
-    "no world size": ({"RANK": "0"}, "RANK is set without RANK and WORLD_SIZE both"),
-    "no rank": ({"WORLD_SIZE": "2"}, "WORLD_SIZE is set without RANK and WORLD_SIZE both"),
-    "rank too high": ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 and WORLD_SIZE=2 contradict each other"),
-    "not a number": ({"RANK": "zero", "WORLD_SIZE": "1"}, "RANK=zero and WORLD_SIZE=1 contradict each other"),
+    "no world size": ({"RANK": "0"}, "RANK is 0 and WORLD_SIZE is unset: expected 0 <= RANK < WORLD_SIZE"),
+    "no rank": ({"WORLD_SIZE": "2"}, "RANK is unset and WORLD_SIZE is 2: expected 0 <= RANK < WORLD_SIZE"),
+    "rank too high": ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2 and WORLD_SIZE is 2: expected"),
+    "not a number": ({"RANK": "zero", "WORLD_SIZE": "1"}, "RANK is zero and WORLD_SIZE is 1: expected"),
     "no address": ({"RANK": "0", "WORLD_SIZE": "1"}, "the processes cannot meet: .*MASTER_ADDR"),
 }
 

@@ -102,6 +102,17 @@ def test_eval_prints_the_accuracy_of_training(distilled, evaluation, processes):
     assert scores(done.stdout)[0][0] == "49"
 
 
+def test_eval_takes_model_and_data_from_the_checkpoint(distilled):
+    stats = run("--eval", "--resume", distilled[0] / "checkpoint.pth", "--device", "cpu", "--num_workers", 0)
+    assert f"{stats['acc1']:.3f}" == scores(distilled[1])[-1][1]
+
+
+def test_run_args_repeats_the_run(distilled):
+    repeated = vars(parse_args([f"@{distilled[0] / 'run.args'}"]))
+    arguments = json.loads((distilled[0] / "args.json").read_text())
+    assert arguments | {"world_size": None} == repeated
+
+
 def test_eval_accepts_the_whole_training_command(distilled, evaluation, teacher_file):
     stats = run(*distil(teacher_file), *evaluation)
     assert f"{stats['acc1']:.3f}" == scores(distilled[1])[-1][1]

@@ -6,9 +6,10 @@ import torch
 import torchvision
 from families import FAMILIES, VIT, build, images
 
-import main
+import builders
 import models
 import utils
+from flags import parse_args
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -207,14 +208,14 @@ def test_a_teacher_of_another_model_is_refused():
 def teacher_of(path, teacher):
     """Return the frozen teacher that main.py builds beside a DeiT student."""
     kwargs = [f"{key}={value}" for key, value in VIT.items()]
-    args = main.parse_args(
+    args = parse_args(
         [
             *("--data-set", "GRATINGS", "--input-size", "64", "--model", "deit_tiny_patch16_224"),
             *("--model-kwargs", *kwargs, "--distillation-type", "soft", "--s-id", "0", "--t-id", "1"),
             *("--teacher-model", teacher, "--teacher-kwargs", *kwargs, "--teacher-path", str(path)),
         ]
     )
-    return main.build_teacher(args, 5, torch.device("cpu"), main.build_student(args, 5))
+    return builders.build_teacher(args, list("abcde"), torch.device("cpu"), builders.build_student(args, 5))
 
 
 @torch.no_grad()
@@ -239,5 +240,5 @@ def test_a_teacher_of_equal_normalization_gets_images_as_is(tmp_path):
 
 def test_a_teacher_for_other_classes_is_refused(tmp_path):
     torch.save(build("vit_tiny_patch16_224", 7).state_dict(), tmp_path / "teacher.pth")
-    with pytest.raises(utils.UserError, match="its head has 7 classes, 5 are needed"):
+    with pytest.raises(utils.UserError, match="has 7 classes without names, the data set 5"):
         teacher_of(tmp_path / "teacher.pth", "vit_tiny_patch16_224")

@@ -102,7 +102,9 @@ def test_suggestions_are_flags_of_the_next_command(outputs):
 
 
 def test_the_control_differs_in_the_feature_loss_alone(outputs, digits):
-    spectral, control = (json.loads((digits / f"Output/{name}/args.json").read_text()) for name in ("spectral", "soft_kd"))
+    spectral, control = (
+        json.loads((digits / f"Output/{name}/args.json").read_text()) for name in ("spectral", "soft_kd")
+    )
     assert {name for name in spectral if spectral[name] != control[name]} == {"w_fft", "output_dir"}
 
 

@@ -9,7 +9,7 @@ import signal
 import pytest
 import torch
 from conftest import STUDENT, distil, tiny_run
-from processes import codes, errors, fork, status, strike
+from processes import codes, epochs, errors, fork, status, strike
 
 import main
 import utils
@@ -58,10 +58,6 @@ def position(folder, name="checkpoint.pth"):
     """Return (last finished epoch, batches done in the next one, whether these were all)."""
     saved = torch.load(folder / name, weights_only=True)
     return saved["epoch"], saved["step"], saved["trained"]
-
-
-def epochs(folder):
-    return [json.loads(line)["epoch"] for line in (folder / "log.txt").read_text().splitlines()]
 
 
 # Equality
