@@ -109,6 +109,7 @@ def get_args_parser() -> Parser:
     add("--student-kwargs", **kwargs, help="its arguments")
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", "--output-dir", default="", help="folder for numbers and figures; default: print only")
+    add("--import", dest="import_module", metavar="MODULE", help="module that registers models with timm")
     add("--pdf", action="store_true", help="write the figures as PDF as well")
     add("--device", default="auto", help="cuda, cuda:N or cpu; auto: cuda if there is a GPU")
     add("--seed", type=number(int, 0, 2**62), default=0, help="seed of images, shuffled channels and random weights")
@@ -369,6 +370,8 @@ def write_tensorboard(folder: Path, subjects: list[Subject], figures: dict[str, 
 
 def main(args: argparse.Namespace) -> None:
     device = init_distributed(args.device)
+    if args.import_module:
+        models.import_models(args.import_module)
     read = (read_subject(name, source, args) for name, source in sources_of(args))
     # All models are checked before the first is run, except milestones, of which one at a time is in memory.
     subjects = list(itertools.islice(read, 1 if args.milestones else None))

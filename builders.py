@@ -185,7 +185,7 @@ def build_teacher(args: argparse.Namespace, classes: list[str], device: torch.de
         with as_user_error(f"{what}: ", UserError):
             checkpoint = load_checkpoint(args.teacher_path)
             weights = extract_weights(checkpoint)
-        count = models.count_classes(args.teacher_model, weights)
+        count = models.count_classes(args.teacher_model, weights, checkpoint.get("classes"))
     # With timm's weights rank 0 downloads first.
     named = as_user_error(f"{what} (its weights can come from a file, --teacher-path): ", UserError)
     with utils.rank_zero_first() if not args.teacher_path else contextlib.nullcontext(), named:
@@ -202,7 +202,11 @@ def build_teacher(args: argparse.Namespace, classes: list[str], device: torch.de
         known = checkpoint.get("classes") or models.class_names(
             model, args.teacher_model, not args.teacher_path, model.num_classes
         )
-        index = match_outputs(classes, model, args.teacher_model, known, what)
+        fix = "" if args.teacher_path else "; or fine-tune it on these classes and give --teacher-path"
+        try:
+            index = match_outputs(classes, model, args.teacher_model, known, what)
+        except UserError as error:
+            raise UserError(f"{error}{fix}") from error
         outputs = model.num_classes if index is None else len(index)
         if outputs != student.num_classes:
             counts = f"{what} gives {outputs} logits, the student {student.num_classes}"

@@ -297,6 +297,8 @@ def complete_args(args: Flags, stored: dict) -> Flags:
         UserError: the data set has no folder.
     """
     taken = {name: stored[name] for name in FROM_CHECKPOINT if name in stored and name not in args.given}
+    if isinstance(taken.get("model_kwargs"), list):  # of a run before version 0.2
+        taken["model_kwargs"] = key_values(taken["model_kwargs"])
     completed = Flags(**vars(args) | taken)
     completed.given = args.given
     check_data_path(completed)
@@ -304,17 +306,22 @@ def complete_args(args: Flags, stored: dict) -> Flags:
 
 
 def to_arg_lines(args: argparse.Namespace) -> list[str]:
-    """Return the flags that differ from their defaults as lines of an argument file."""
+    """Return the flags that differ from their defaults as lines of an argument file that repeats the run.
+
+    Left out are --overwrite, and the --resume that continued the run in its own folder.
+    """
+    resume, folder = (Path(getattr(args, name, "")).resolve() for name in ("resume", "output_dir"))
+    left_out = ("overwrite", *(("resume", "start_epoch") if resume.parent == folder else ()))
     lines = []
     for action in get_args_parser()._actions:
         value = getattr(args, action.dest, action.default)
-        if value == action.default or action.default is argparse.SUPPRESS:
+        if value == action.default or action.default is argparse.SUPPRESS or action.dest in left_out:
             continue
         flag = action.option_strings[0]
         if isinstance(value, bool):
             lines.append(flag if value else flag.replace("--", "--no-", 1))
             continue
-        values = [f"{k}={v}" for k, v in value.items()] if isinstance(value, dict) else value
+        values = [f"{k}={v!r}" for k, v in value.items()] if isinstance(value, dict) else value
         words = map(str, values if isinstance(values, (list, tuple)) else [values])
         lines.append(" ".join([flag, *map(shlex.quote, words)]))
     return lines

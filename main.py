@@ -8,7 +8,6 @@ if __name__ == "__main__":  # before the imports that take seconds, so that --he
 import contextlib
 import datetime
 import functools
-import importlib
 import itertools
 import math
 import os
@@ -60,15 +59,14 @@ def main(args: Flags) -> dict | None:
     device = faults.init_distributed(args.device, args.dist_url, args.dist_timeout, args.world_size)
     utils.set_numerics(args.deterministic)
     if args.import_module:
-        with as_user_error(f"--import {args.import_module}: ", ImportError):
-            importlib.import_module(args.import_module)
+        models.import_models(args.import_module)
     folder = None if args.eval or args.export or args.dry_run else open_output_folder(args.output_dir)
     path, checkpoint = find_checkpoint(args, folder)
     if checkpoint is not None and (args.eval or args.export or args.resume != "auto"):
         args = complete_args(args, stored_args(checkpoint))
     models.check_name(args.model)
     if args.export:
-        return export(args, checkpoint)
+        return export(args, path, checkpoint)
     if args.distillation_type != "none" and not args.eval:
         models.check_name(args.teacher_model)
     run_status.begin(folder and folder.folder)
@@ -87,8 +85,8 @@ def main(args: Flags) -> dict | None:
     if num_classes < len(classes):
         raise UserError(f"--num-classes {num_classes} is less than the {len(classes)} of the data set")
     if checkpoint is not None and checkpoint.get("classes", classes) != classes:
-        odd = set(classes) ^ set(checkpoint["classes"]) or {"their order"}
-        raise UserError(f"--resume: the classes differ from those of the checkpoint: {min(odd)}")
+        odd = sorted(set(classes) ^ set(checkpoint["classes"])) or ["their order"]
+        raise UserError(f"--resume: the classes differ from those of the run: {odd[0]}; use --finetune for other ones")
 
     # Student, the same on all ranks; the EMA is copied before the hooks, and both come before the wrappers
     utils.seed_everything(args.seed)

@@ -1,6 +1,9 @@
 """Build timm models and describe what training needs to know about them."""
 
-from collections.abc import Mapping
+import importlib
+import os
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import timm
@@ -23,9 +26,21 @@ __all__ = [
     "fast_attention",
     "freeze_all_but_attention",
     "has_batch_norm",
+    "import_models",
     "load_weights",
     "normalization",
 ]
+
+
+def import_models(module: str) -> None:
+    """Import a module that registers models with timm, from the current folder or Python's path.
+
+    Raises:
+        UserError: There is no such module.
+    """
+    sys.path.append(os.getcwd())
+    with utils.as_user_error(f"--import {module}: ", ImportError):
+        importlib.import_module(module)
 
 
 def build_model(
@@ -89,9 +104,11 @@ def _create(name: str, num_classes: int | None, pretrained: bool, options: Mappi
         if num_classes and _gives_map(model):
             raise ValueError("without global_pool it gives a map, but logits are needed: name a pooling, such as avg")
     if not getattr(model, "pretrained_cfg", None):  # registered by the user, as timm.models.register_model allows
-        layers = [key for key, m in model.named_modules() if isinstance(m, nn.Linear) and m.out_features == num_classes]
-        classifier = layers[-1] if layers else None
-        model.pretrained_cfg = PretrainedCfg(architecture=identifier, classifier=classifier).to_dict()
+        layers = [(key, m.out_features) for key, m in model.named_modules() if isinstance(m, nn.Linear)]
+        layers = [(key, width) for key, width in layers if num_classes in (None, width)]
+        classifier, num_classes = layers[-1] if layers else (None, num_classes)
+        config = PretrainedCfg(architecture=identifier, classifier=classifier, num_classes=num_classes)
+        model.pretrained_cfg, model.num_classes = config.to_dict(), num_classes
     return model
 
 
@@ -140,15 +157,15 @@ def build_teacher(
     raise errors[0]
 
 
-def count_classes(name: str, weights: Mapping[str, Tensor]) -> int | None:
+def count_classes(name: str, weights: Mapping[str, Tensor], classes: Sequence[str] | None = None) -> int | None:
     """Return the number of classes of a state dict's head for the model of this name; 0 without a head.
 
-    None, timm's default, if timm does not say which layer is the head.
+    If timm does not say which layer is the head: the number of `classes`, or None, timm's default.
     """
     heads = pretrained_config(name).get("classifier") or ()
     names = (heads,) if isinstance(heads, str) else heads
     counts = [len(weights[f"{head}.weight"]) for head in names if f"{head}.weight" in weights]
-    return counts[0] if counts else 0 if names else None
+    return counts[0] if counts else 0 if names else len(classes) if classes else None
 
 
 def normalization(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -1,5 +1,6 @@
 """What --eval and --export do with trained weights."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from timm.data import RealLabelsImagenet
@@ -30,10 +31,12 @@ def load_student(args: Flags, checkpoint: dict | None) -> tuple[nn.Module, list[
     if source is not None:
         with as_user_error(f"{what}: ", UserError):
             weights = extract_weights(source, ema=args.eval_ema)
-            count = count or models.count_classes(args.model, weights)
+            count = count or models.count_classes(args.model, weights, source.get("classes"))
     elif args.eval_ema:
         raise UserError("--eval-ema: timm's pretrained weights come without an EMA: leave it out")
     model = build_student(args, count)
+    if args.pretrained and model.num_classes != models.model_config(model)["num_classes"]:
+        raise UserError("--pretrained with --num-classes would score a new head: leave --num-classes out")
     if checkpoint is not None:
         with as_user_error(f"{what}: ", UserError):
             models.load_weights(model, weights)
@@ -48,10 +51,7 @@ def score(args: Flags, model: nn.Module, names, what: str, dataset, loader, scor
     if args.real_labels:
         if model.num_classes != 1000 or index is not None:
             raise UserError("--real-labels needs a model and a data set with the 1000 classes of ImageNet")
-        with as_user_error("--real-labels: ", OSError, ValueError, AttributeError):
-            files = [path for path, _ in dataset.samples]
-            real = RealLabelsImagenet(files, real_json=None if args.real_labels == "timm" else args.real_labels)
-        real.filenames = [files[i] for i in loader.sampler]  # those of this rank, in its order
+        real = real_labels(args.real_labels, [path for path, _ in dataset.samples], loader.sampler)
         options["observe"] = real.add_result
     stats = evaluate(model, loader, classes=index, **options, **scoring)
     if stats is None:
@@ -60,10 +60,26 @@ def score(args: Flags, model: nn.Module, names, what: str, dataset, loader, scor
     if index is not None and len(index) < model.num_classes:
         log(f"scored among the {len(index)} classes of the data set, out of the model's {model.num_classes}")
     if real is not None:
-        hits = [hit for shard in utils.gather_objects(real.is_correct[1]) for hit in shard]
-        stats["real1"] = 100 * sum(hits) / len(hits)
+        shards = utils.gather_objects(real.is_correct[1]) if args.dist_eval else [real.is_correct[1]]
+        hits = [hit for shard in shards for hit in shard]
+        stats["real1"] = 100 * sum(hits) / max(1, len(hits))
         log(f"ReaL accuracy: {stats['real1']:.3f}% of the {len(hits)} images with ReaL labels")
     return stats
+
+
+def real_labels(source: str, files: list[str], sampler: Iterable[int]) -> RealLabelsImagenet:
+    """Return the counter of ReaL accuracy (arXiv 2006.07159) for the images of this rank, in the sampler's order."""
+    try:
+        real = RealLabelsImagenet(files, real_json=None if source == "timm" else source)
+        unknown = [file for file in files if Path(file).name not in real.real_labels]
+    except (OSError, ValueError) as error:
+        raise UserError(f"--real-labels {source}: {utils.one_line(error)}") from error
+    except AssertionError:
+        raise UserError(f"--real-labels {source}: expected one entry for each of the {len(files)} images") from None
+    if unknown:
+        raise UserError(f"--real-labels: {unknown[0]} is not named as in ImageNet, ILSVRC2012_val_00000001.JPEG")
+    real.filenames = [files[i] for i in sampler]
+    return real
 
 
 def log_accuracy(stats: dict, name: str = "the network") -> None:
@@ -74,13 +90,12 @@ def log_accuracy(stats: dict, name: str = "the network") -> None:
     )
 
 
-def export(args: Flags, checkpoint: dict) -> None:
-    """Write the weights of --resume in timm's format, with class names and a model card."""
+def export(args: Flags, path: Path, checkpoint: dict) -> None:
+    """Write the weights of --resume, the checkpoint at `path`, in timm's format with class names and a model card."""
     model, names, _ = load_student(args, checkpoint)
     if hasattr(model, "set_distilled_training"):
         model.set_distilled_training(False)
     stored = stored_args(checkpoint)
-    log_file = Path(args.resume).parent / "log.txt"
     command = " ".join(["python main.py", *to_arg_lines(Flags(**stored))]) if stored else ""
     export_model(
         model,
@@ -91,7 +106,7 @@ def export(args: Flags, checkpoint: dict) -> None:
         model_args=args.model_kwargs,
         facts=card_facts(
             stored | {"world_size": checkpoint.get("world_size")},
-            log_file,
+            path.parent / "log.txt",
             epoch=checkpoint.get("epoch"),
             ema=args.eval_ema,
             command=command,

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import secrets
 import socket
 import sys
 import tempfile
@@ -265,14 +266,7 @@ class RunLog:
         self.folder = Path(folder) if folder and rank() == 0 else None
         self.writer, self.wandb, self.lost = None, None, []
         if wandb_project and rank() == 0:
-            with as_user_error("--wandb: ", Exception):
-                import wandb
-
-                # The id makes a resumed run continue its own curves.
-                name = Path(folder).resolve().name if folder else None
-                identity = f"{counter_seed(*str(Path(folder).resolve()).encode()):016x}" if folder else None
-                options = {"name": name, "id": identity, "resume": "allow", "dir": folder or None}
-                self.wandb = wandb.init(project=wandb_project, config=arguments, **options)
+            self.wandb = _begin_wandb(wandb_project, self.folder, arguments, resumed=start_epoch > 0)
         if self.folder is None:
             return
         from torch.utils.tensorboard import SummaryWriter  # takes seconds and is needed on rank 0 only
@@ -321,7 +315,22 @@ class RunLog:
             with warn_on(OSError, "TensorBoard events not written"):
                 self.writer.close()
         if self.wandb is not None:
-            self.wandb.finish()
+            self.wandb.finish(exit_code=int(sys.exc_info()[0] is not None))
+
+
+def _begin_wandb(project: str, folder: Path | None, arguments: dict, resumed: bool):
+    """Return a run of Weights & Biases; a resumed one continues its own curves by the id in wandb_id.txt."""
+    with as_user_error("--wandb needs wandb (pip install wandb): ", ImportError):
+        import wandb
+    options: dict[str, Any] = {}
+    if folder is not None:
+        path, identity = folder / "wandb_id.txt", secrets.token_hex(8)
+        if resumed and path.exists():
+            identity = path.read_text().strip()
+        write_atomically(path, lambda file: file.write(identity.encode()))
+        options = {"name": folder.resolve().name, "id": identity, "resume": "allow", "dir": str(folder)}
+    with as_user_error("--wandb: ", Exception):
+        return wandb.init(project=project, config=arguments, **options)
 
 
 def _epoch_of(line: str) -> float:

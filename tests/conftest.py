@@ -54,7 +54,7 @@ def jpeg_folder(root, classes=("ant", "bee"), splits=("train", "val"), images=4,
         for label, name in enumerate(classes):
             (root / split / name).mkdir(parents=True)
             for i in range(images):
-                color = (60 * i % 256, 90 + 20 * label, 120)
+                color = (60 * i % 256, (90 + 20 * label) % 256, 120)
                 Image.new("RGB", size, color).save(root / split / name / f"{i}.jpg")
     return root
 

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from families import FAMILIES, VIT, assert_same_function, build, images
+from families import FAMILIES, VIT, assert_same_function, build, images, mae_file
 from timm.models.volo import VOLO
 
 import models
@@ -158,13 +158,6 @@ def test_a_second_head_that_timm_does_not_name_is_replaced():
 
 
 # Backbones without a head
-
-
-def mae_file(source):
-    """Return what a MAE file holds: no head, but a decoder and a mask token."""
-    weights = {key: value for key, value in source.state_dict().items() if not key.startswith("head")}
-    extra = ("mask_token", "decoder_pos_embed", "decoder_blocks.0.norm1.weight", "decoder_blocks.0.norm1.bias")
-    return weights | {key: torch.ones(1, 1, 8) for key in extra}
 
 
 @pytest.mark.parametrize("pool", ["token", "avg"])

@@ -8,7 +8,6 @@ import pytest
 import timm
 import torch
 from conftest import STUDENT, distil, run_main, tiny_run
-from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import builders
@@ -192,38 +191,3 @@ def test_students_and_teachers_of_other_families_train(student, teacher, ids, tm
         *("--teacher-model", teacher, "--teacher-path", tmp_path / "teacher.pth", "--teacher-kwargs", *teacher_kwargs),
     )
     assert "Max accuracy" in capsys.readouterr().out
-
-
-# Real data
-
-
-@pytest.fixture(scope="session")
-def digits(tmp_path_factory):
-    """scikit-learn's handwritten digits as JPEG files in ImageNet's layout; every fifth is for validation."""
-    from sklearn.datasets import load_digits
-
-    root = tmp_path_factory.mktemp("digits")
-    data = load_digits()
-    for i, (pixels, label) in enumerate(zip(data.images, data.target, strict=True)):
-        folder = root / ("val" if i % 5 == 0 else "train") / str(label)
-        folder.mkdir(parents=True, exist_ok=True)
-        image = Image.fromarray((pixels * 15.9).astype(np.uint8)).resize((32, 32), Image.Resampling.BICUBIC)
-        image.convert("RGB").save(folder / f"{i}.jpg", quality=95)
-    return root
-
-
-def test_teacher_and_student_learn_handwritten_digits(digits, tmp_path):
-    common = ["--data-path", digits, "--input-size", 32, "--num_workers", 0, "--device", "cpu", "--batch-size", 32]
-    common += ["--model", "resnet18", "--epochs", 4, "--warmup-epochs", 0, "--lr", 0.2, "--no-repeated-aug"]
-    common += ["--aa", "none", "--color-jitter", 0, "--reprob", 0, "--no-model-ema"]
-    wide, narrow = "channels=(16,16,32,32)", "channels=(8,8,16,16)"
-    teacher, student = tmp_path / "teacher", tmp_path / "student"
-    run(*common, "--model-kwargs", wide, "--output_dir", teacher)
-    run(
-        *(*common, "--model-kwargs", narrow, "--output_dir", student, "--distillation-type", "soft"),
-        *("--teacher-model", "resnet18", "--teacher-kwargs", wide, "--teacher-path", teacher / "model_best.pth"),
-        *("--distillation-alpha", 0.9, "--w-fft", 0.2, "--s-id", 1, 2, 3, 4, "--t-id", 1, 2, 3, 4),
-    )
-    for folder in (teacher, student):
-        best = load(folder / "model_best.pth")["max_accuracy"]
-        assert best > 60, f"{folder.name}: {best} %, where chance is 10 %"
