@@ -2,8 +2,8 @@
 
 import argparse
 import contextlib
-import functools
 import inspect
+import os
 
 import torch
 from timm.data import Mixup
@@ -15,7 +15,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
-import attention
 import baselines
 import datasets
 import faults
@@ -23,9 +22,9 @@ import losses
 import models
 import samplers
 import spectral
-import students  # noqa: F401 registers its models with timm
 import utils
 from flags import mixup_active
+from loaders import warn_if_shm_is_small
 from utils import UserError, as_user_error, log, rank, world_size
 from weights import extract_weights, load_checkpoint
 
@@ -62,21 +61,33 @@ def build_datasets(args: argparse.Namespace):
     return dataset_train, dataset_val
 
 
-def build_loaders(args: argparse.Namespace, dataset_train, dataset_val, device: torch.device):
+def build_loaders(args: argparse.Namespace, dataset_train, dataset_val, model: nn.Module, device: torch.device):
     """Return (training loader or None, its sampler, validation loader)."""
     shards = (world_size(), rank()) if args.dist_eval else (1, 0)
     common = {"num_workers": args.num_workers, "pin_memory": args.pin_mem and device.type == "cuda"}
     common |= {"timeout": args.loader_timeout, "worker_init_fn": faults.begin_loader_worker}
+    datasets.check_images(dataset_val)  # before hours of training
     order = samplers.ShardSampler(dataset_val, *shards)
     loader_val = datasets.build_loader(dataset_val, order, int(1.5 * args.batch_size), drop_last=False, **common)
     if dataset_train is None:
         return None, None, loader_val
-    sampler_class = samplers.RASampler if args.repeated_aug else DistributedSampler
-    order = sampler_class(dataset_train, world_size(), rank(), seed=args.seed)
+    if args.repeated_aug:
+        # Blocks let each process decode an image once; BatchNorm would see its copies together.
+        block = None if models.has_batch_norm(model) else args.batch_size
+        order = samplers.RASampler(dataset_train, world_size(), rank(), seed=args.seed, block=block)
+    else:
+        order = DistributedSampler(dataset_train, world_size(), rank(), seed=args.seed)
     sampler = samplers.SeededSampler(order, args.seed, rank())
     if len(sampler) < args.batch_size:
         counts = f"an epoch has {len(sampler)} images per process, but --batch-size is {args.batch_size}"
         raise UserError(f"{counts}: lower it")
+    # Training and validation batches, the latter 1.5 times as large, of all processes of this machine.
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    warning = warn_if_shm_is_small(
+        3 * args.input_size**2 * args.batch_size * 5 // 2, args.num_workers * local_processes
+    )
+    if warning:
+        log(f"warning: {warning}")
     seeded = datasets.SeededDataset(dataset_train, args.skip_bad_images)
     return datasets.build_loader(seeded, sampler, args.batch_size, drop_last=True, **common), sampler, loader_val
 
@@ -100,7 +111,7 @@ def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
 # Models and loss
 
 
-def build_student(args: argparse.Namespace, num_classes: int) -> nn.Module:
+def build_student(args: argparse.Namespace, num_classes: int | None) -> nn.Module:
     """Return the student on the CPU, with random weights, timm's or a file's, set up for the kind of distillation."""
     with utils.rank_zero_first() if args.pretrained else contextlib.nullcontext():
         model = models.build_model(
@@ -112,18 +123,14 @@ def build_student(args: argparse.Namespace, num_classes: int) -> nn.Module:
             drop=args.drop,
             drop_path=args.drop_path,
         )
-    own_classes = model.pretrained_cfg["num_classes"]
-    if args.pretrained and own_classes != num_classes:
-        message = f"the pretrained weights are for {own_classes} classes, the data set has {num_classes}"
-        if args.eval:
-            raise UserError(message)
-        log(f"{message}: training a new head")
+    if args.pretrained and num_classes not in (None, model.pretrained_cfg["num_classes"]):
+        log(f"--pretrained: the weights are for {model.pretrained_cfg['num_classes']} classes: training a new head")
     if args.finetune:
         with as_user_error(f"--finetune {args.finetune}: ", UserError):
             weights = extract_weights(load_checkpoint(args.finetune), ema=args.eval and args.eval_ema)
-            replaced = models.load_weights(model, weights, replace_head=not args.eval)
-        if replaced:
-            log(f"--finetune: the file's head has {replaced} classes, not {num_classes}: training a new head")
+            note = models.load_weights(model, weights, head="own" if args.eval else "fresh")
+        if note:
+            log(f"--finetune: {note}")
     if hasattr(model, "set_distilled_training"):
         distills_logits = args.distillation_type in ("soft", "hard")
         if not args.train_mode and distills_logits:
@@ -131,6 +138,8 @@ def build_student(args: argparse.Namespace, num_classes: int) -> nn.Module:
         model.set_distilled_training(distills_logits)
     if args.attn_only:
         models.freeze_all_but_attention(model)
+    if args.batch_size == 1 and args.train_mode and not args.eval and models.has_batch_norm(model):
+        raise UserError(f"--batch-size 1: {args.model} has BatchNorm, which needs several images: give 2 or more")
     return model
 
 
@@ -140,38 +149,97 @@ def ema_options(args: argparse.Namespace, model: nn.Module) -> dict:
     return {"device": "cpu" if args.model_ema_force_cpu else None, "exclude_buffers": infinite}
 
 
-def build_teacher(args: argparse.Namespace, num_classes: int, device: torch.device, student: nn.Module):
+def match_outputs(classes: list[str], model: nn.Module, name: str, known: list[str] | None, what: str):
+    """Return the model's output for each class of the data set, matched by name; None if they are the same in order.
+
+    Args:
+        classes: class names of the data set.
+        model, name: the model and its timm name.
+        known: class names of its outputs; None if its weights do not say.
+        what: the weights, for messages.
+
+    Raises:
+        UserError: a class of the data set is unknown to the model, or nothing names the outputs and the counts differ.
+    """
+    if known is None:  # such as a file of ImageNet weights by DeiT's authors
+        imagenet = models.class_names(model, name, True, model.num_classes)
+        known = imagenet if imagenet and set(classes) <= set(imagenet) else None
+    if known is None:
+        if len(classes) != model.num_classes:
+            raise UserError(f"{what} has {model.num_classes} classes without names, the data set {len(classes)}")
+        log(f"{what} does not name its classes: they are matched by position")
+        return None
+    with as_user_error(f"{what}: ", ValueError):
+        index = datasets.match_classes(classes, known)
+    return None if index == list(range(len(known))) else index
+
+
+def build_teacher(args: argparse.Namespace, classes: list[str], device: torch.device, student: nn.Module):
     """Return the frozen teacher on its device, or None without distillation."""
     if args.distillation_type == "none":
         return None
-    named = as_user_error("no teacher (its weights can come from a file, --teacher-path): ", UserError)
+    checkpoint, weights, count, what = {}, None, None, f"the teacher {args.teacher_model}"
+    needs_logits = args.distillation_type != "fft"
+    if args.teacher_path:
+        what = f"--teacher-path {args.teacher_path}"
+        with as_user_error(f"{what}: ", UserError):
+            checkpoint = load_checkpoint(args.teacher_path)
+            weights = extract_weights(checkpoint)
+        count = models.count_classes(args.teacher_model, weights, checkpoint.get("classes"))
+    # With timm's weights rank 0 downloads first.
+    named = as_user_error(f"{what} (its weights can come from a file, --teacher-path): ", UserError)
     with utils.rank_zero_first() if not args.teacher_path else contextlib.nullcontext(), named:
-        model = models.build_model(
+        model, size = models.build_teacher(
             args.teacher_model,
-            num_classes,
+            count,
             input_size=args.input_size,
             kwargs=args.teacher_kwargs,
-            pretrained=not args.teacher_path,
+            weights=weights,
+            head="own" if needs_logits else "fresh",
         )
-    own_classes = model.pretrained_cfg["num_classes"]
-    if not args.teacher_path and own_classes != num_classes:
-        raise UserError(
-            f"the teacher's weights are for {own_classes} classes and the data set has {num_classes}: "
-            "give --teacher-path, the weights of a teacher for these classes"
+    index = None
+    if needs_logits:
+        known = checkpoint.get("classes") or models.class_names(
+            model, args.teacher_model, not args.teacher_path, model.num_classes
         )
-    if args.teacher_path:
-        with as_user_error(f"--teacher-path {args.teacher_path}: ", UserError):
-            models.load_weights(model, extract_weights(load_checkpoint(args.teacher_path)))
+        fix = "" if args.teacher_path else "; or fine-tune it on these classes and give --teacher-path"
+        try:
+            index = match_outputs(classes, model, args.teacher_model, known, what)
+        except UserError as error:
+            raise UserError(f"{error}{fix}") from error
+        outputs = model.num_classes if index is None else len(index)
+        if outputs != student.num_classes:
+            counts = f"{what} gives {outputs} logits, the student {student.num_classes}"
+            raise UserError(f"{counts}: leave --num-classes out")
+    if size != args.input_size:
+        log(f"{what} takes images of {size} pixels: the student's, of {args.input_size} pixels, are resized for it")
     scale, shift = losses.renormalization(models.normalization(student), models.normalization(model), device)
+    model = models.fast_attention(model.to(device, getattr(torch, args.teacher_dtype)), args.teacher_attention)
     with as_user_error("--t-id: ", ValueError):
-        model = attention.speed_up(model.to(device))
-        return losses.FrozenTeacher(model, feature_ids(args)[1], scale, shift)
+        return losses.FrozenTeacher(model, feature_ids(args, student, model)[1], scale, shift, size, index)
 
 
-def feature_ids(args: argparse.Namespace) -> tuple[list[int], list[int]]:
-    """Return (student ids, teacher ids), empty if the feature loss has no weight."""
-    used = args.distillation_type != "none" and args.w_fft * args.distillation_beta > 0
-    return (args.s_id, args.t_id) if used else ([], [])
+def feature_ids(args: argparse.Namespace, student: nn.Module, teacher: nn.Module | None) -> tuple[list, list]:
+    """Return (student ids, teacher ids), empty if the feature loss has no weight.
+
+    Raises:
+        UserError: no ids are given, or `all` and the models have different numbers of blocks.
+    """
+    if teacher is None or args.w_fft * args.distillation_beta == 0:
+        return [], []
+    with as_user_error("", ValueError):
+        counts = [len(spectral.describe_blocks(model)) for model in (student, teacher)]
+    if not args.s_id:
+        raise UserError(
+            f"the feature loss needs --s-id and --t-id: {args.model} has blocks 0 to {counts[0] - 1}, "
+            f"{args.teacher_model} 0 to {counts[1] - 1}; `python analyze.py --model {args.teacher_model} --suggest 8 "
+            f"--student {args.model} --data-path ...` suggests pairs; --w-fft 0 turns the loss off"
+        )
+    if "all" not in args.s_id + args.t_id:
+        return args.s_id, args.t_id
+    if args.s_id != ["all"] or args.t_id != ["all"] or counts[0] != counts[1]:
+        raise UserError(f"--s-id all --t-id all pairs models with equally many blocks, not {counts[0]} and {counts[1]}")
+    return list(range(counts[0])), list(range(counts[1]))
 
 
 def build_criterion(args: argparse.Namespace, student: nn.Module, teacher) -> losses.DistillationLoss:
@@ -180,7 +248,7 @@ def build_criterion(args: argparse.Namespace, student: nn.Module, teacher) -> lo
     if args.feature_loss != "spectral" and teacher is not None:
         widths = [
             [spectral.describe_blocks(model)[i]["num_chs"] for i in ids]
-            for model, ids in zip((student, teacher.model), feature_ids(args), strict=True)
+            for model, ids in zip((student, teacher.model), feature_ids(args, student, teacher.model), strict=True)
         ]
         feature_loss = baselines.build_feature_loss(args.feature_loss, *widths, seed=args.seed)
     base: nn.Module
@@ -201,17 +269,28 @@ def build_criterion(args: argparse.Namespace, student: nn.Module, teacher) -> lo
 
 
 @torch.no_grad()
-def check_pairs(args: argparse.Namespace, model: nn.Module, hooks, teacher, device: torch.device) -> None:
-    """Run a black image through both models, and log which maps are matched and what is pooled."""
-    image = torch.zeros(1, 3, args.input_size, args.input_size, device=device)
+def check_pairs(args: argparse.Namespace, model: nn.Module, hooks, criterion, device: torch.device) -> None:
+    """Run images of noise through both models, check their maps, and log which are matched and what is pooled."""
+    teacher, size = criterion.teacher, (2, 3, args.input_size, args.input_size)
+    images = torch.rand(size, generator=torch.Generator().manual_seed(0)).to(device)
     with forward_errors(args.model, args.input_size):
-        model.eval()(image)
+        model.eval()(images)
         student_maps = hooks.pop()
     if teacher is None:
         return
-    with forward_errors(args.teacher_model, args.input_size):
-        _, teacher_maps = teacher(image)
-    blocks = (spectral.describe_blocks(model), spectral.describe_blocks(teacher.model)) if hooks.ids else ()
+    with forward_errors(args.teacher_model, teacher.size):
+        _, teacher_maps = teacher(images)
+    if not hooks.ids:
+        return
+    for flag, network, inputs, ids in (
+        ("--s-id", model, images, hooks.ids),
+        ("--t-id", teacher.model, teacher.prepare(images), teacher.hooks.ids),
+    ):
+        with as_user_error(f"{flag}: ", ValueError):
+            spectral.check_raster_order(network, inputs, ids)
+    with as_user_error(f"--feature-loss {args.feature_loss}: ", ValueError):
+        criterion.feature_term(student_maps, teacher_maps)
+    blocks = spectral.describe_blocks(model), spectral.describe_blocks(teacher.model)
     for i, j, s, t in zip(hooks.ids, teacher.hooks.ids, student_maps, teacher_maps, strict=True):
         common = spectral.align(s, t)[0].shape
         pooled = [name for name, map in (("student", s), ("teacher", t)) if map.shape != common]
@@ -232,37 +311,23 @@ def forward_errors(name: str, size: int):
 
 
 def wrap_model(args: argparse.Namespace, model: nn.Module, criterion, device: torch.device) -> nn.Module:
-    """Return the student to train with: compiled and in DDP where asked. The criterion's parts are compiled in place.
+    """Return the student to train with: compiled and in DDP where asked; the criterion's parts are compiled in place.
 
     Evaluation, optimizer and checkpoints keep the bare student. Hooks are compiled along with their models.
     """
     wrapped = model
-    if args.compile != "none" and can_compile(device):
-        compiled = functools.partial(torch.compile, dynamic=False)
-        if criterion.teacher is not None:
-            criterion.teacher.model = compiled(criterion.teacher.model)
-        if args.compile == "both":
-            wrapped = compiled(model)
-            if criterion.feature_loss is not spectral.spectral_loss:  # complex numbers have no compiler
-                criterion.feature_loss = compiled(criterion.feature_loss)
+    if args.compile in ("teacher", "both"):
+        criterion.compile(feature_loss=args.compile == "both")
+    if args.compile == "both":
+        wrapped = torch.compile(model, dynamic=False)  # type: ignore[assignment]
     if world_size() == 1:
         return wrapped
     options = {"device_ids": [device] if device.type == "cuda" else None, "gradient_as_bucket_view": True}
-    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+    if not models.has_batch_norm(model):
         # Other buffers, such as Swin's, are constants: no need to send rank 0's before every forward.
         renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # torch 2.14
         options["forward_sync_buffers" if renamed else "broadcast_buffers"] = False
     return DistributedDataParallel(wrapped, **options)
-
-
-def can_compile(device: torch.device) -> bool:
-    """Return whether torch.compile works here, and log why not."""
-    try:
-        torch.compile(torch.cos)(torch.zeros(2, device=device))
-    except Exception as error:
-        log(f"--compile: no compiler works here, so nothing is compiled: {str(error).strip().splitlines()[0]}")
-        return False
-    return True
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module, criterion: nn.Module):

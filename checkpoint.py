@@ -31,6 +31,8 @@ from weights import extract_weights, load_checkpoint, stored_args
 
 # Optimizer options that follow the flags on a resume, or only concern speed.
 FROM_FLAGS = ("lr", "initial_lr", "weight_decay", "betas", "eps", "momentum", "fused", "foreach")
+# What parts of a file raise that are not what this run has there.
+NOT_FITTING = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 
 class TrainState:
@@ -102,8 +104,17 @@ class TrainState:
         stored = stored_args(checkpoint)
         if stored.get("opt", args.opt) != args.opt:
             raise UserError(f"--resume: --opt was {stored['opt']} and is {args.opt}: use --finetune to change it")
+        with as_user_error("--resume: the file does not fit this run: ", *NOT_FITTING):
+            self._load(checkpoint, args)
+        for name, value in vars(args).items():
+            if name not in ("resume", "start_epoch", "overwrite") and name in stored and stored[name] != value:
+                log(f"--resume: {name} was {stored[name]} and is {value} from now on")
+
+    def _load(self, checkpoint: dict, args: argparse.Namespace) -> None:
+        weights = extract_weights(checkpoint)
+        load_exactly(self.model, weights)
         self._load_optimizer(checkpoint["optimizer"], fresh=checkpoint["epoch"] < 0)
-        load_exactly(self.model, extract_weights(checkpoint))
+        self.model.load_state_dict(weights)  # the check of the optimizer has made a step
         load_exactly(self.criterion, checkpoint.get("criterion", {}))
         if checkpoint.get("scaler") and self.scaler.state_dict():
             self.scaler.load_state_dict(checkpoint["scaler"])
@@ -119,17 +130,13 @@ class TrainState:
         self.best_accuracy, self.best_epoch = checkpoint.get("max_accuracy", 0.0), checkpoint.get("best_epoch", -1)
         if self.epoch > 0:
             self.scheduler.step(self.epoch - 1)
-        for name, value in vars(args).items():
-            if name not in ("resume", "start_epoch", "overwrite") and name in stored and stored[name] != value:
-                log(f"--resume: {name} was {stored[name]} and is {value} from now on")
 
     def _load_optimizer(self, stored: dict, fresh: bool) -> None:
         flags = [{k: v for k, v in group.items() if k in FROM_FLAGS} for group in self.optimizer.param_groups]
-        with as_user_error("--resume: the file's optimizer does not fit: ", ValueError, KeyError, TypeError):
-            if stored["state"] or not fresh:
-                check_optimizer_state(self.optimizer, stored)
-            groups = [group | flag for group, flag in zip(stored["param_groups"], flags, strict=True)]
-            self.optimizer.load_state_dict({**stored, "param_groups": groups})
+        if stored["state"] or not fresh:
+            check_optimizer_state(self.optimizer, stored)
+        groups = [group | flag for group, flag in zip(stored["param_groups"], flags, strict=True)]
+        self.optimizer.load_state_dict({**stored, "param_groups": groups})
 
 
 def check_optimizer_state(optimizer: torch.optim.Optimizer, stored: dict) -> None:
@@ -153,16 +160,15 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer, stored: dict) -> Non
     ids = [[i for group in state["param_groups"] for i in group["params"]] for state in (own, stored)]
     for mine, theirs in zip(*ids, strict=True):
         expected, found = own["state"].get(mine, {}), stored["state"].get(theirs, {})
-        for name in expected.keys() | found.keys():
-            shapes = [
-                list(torch.as_tensor(state[name]).shape) if name in state else None for state in (expected, found)
-            ]
-            if shapes[0] != shapes[1] and [shape for shape in shapes if shape not in ([], [1])]:
-                raise ValueError(f"{name} of parameter {mine} has shape {shapes[1]}, not {shapes[0]}")
+        for name, value in expected.items():
+            if name not in found:
+                raise ValueError(f"{name} of parameter {mine} is missing")
+            if _shape(found[name]) != _shape(value):
+                raise ValueError(f"{name} of parameter {mine} has shape {_shape(found[name])}, not {_shape(value)}")
 
 
-def _shape(value: Any) -> list[int] | None:
-    return None if value is None else [size for size in torch.as_tensor(value).shape if size != 1]
+def _shape(value: Any) -> list[int]:
+    return [size for size in value.shape if size != 1] if torch.is_tensor(value) else []
 
 
 def load_exactly(model: nn.Module, weights: dict) -> None:
@@ -185,7 +191,8 @@ def resumed_step(checkpoint: dict, args: argparse.Namespace) -> int:
     Raises:
         UserError: the global batch changed.
     """
-    stored, processes = stored_args(checkpoint), checkpoint.get("world_size", world_size())
+    stored = stored_args(checkpoint)
+    processes = checkpoint.get("world_size") or stored.get("world_size") or world_size()  # DeiT stores it as a flag
     old_batch = stored.get("batch_size", args.batch_size) * processes
     old_global = old_batch * stored.get("accum_steps", args.accum_steps)
     new_batch = args.batch_size * world_size()
@@ -276,6 +283,7 @@ class CheckpointFolder:
         self.folder = Path(folder)
         self.failures = 0
         self.latest_damaged = False
+        self.lock: FolderLock | None = None
         self.best_lost: int | None = None  # the best epoch, if its weights could not be written
 
     def files(self) -> list[Path]:
@@ -376,7 +384,7 @@ class CheckpointFolder:
         best, epoch = checkpoint.get("best_epoch", -1), checkpoint["epoch"]
         target = self.folder / self.BEST
         inside = path.parent.resolve() == self.folder.resolve()
-        if rank() != 0 or best < 0 or not inside or (target.exists() and _progress(target)[0] >= best):
+        if rank() != 0 or best < 0 or not inside or (target.exists() and _progress(target)[0] == best):
             return
         if epoch == best and not checkpoint.get("step"):
             copy_file(path, target)
@@ -401,7 +409,9 @@ def _save(state: dict, file) -> None:
 def _progress(path: Path) -> tuple[float, float]:
     """Return (epoch, step) of a checkpoint without reading its tensors; a file that does not tell comes first."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with open(path, "rb") as file:  # by number, because torch cannot map a file whose name is not UTF-8
+            name = f"/proc/self/fd/{file.fileno()}"
+            checkpoint = torch.load(name, map_location="cpu", weights_only=True, mmap=True)
         return checkpoint["epoch"], checkpoint.get("step", 0)
     except Exception:
         return float("inf"), 0.0  # damaged: looked at first, and named

@@ -1,41 +1,33 @@
-"""Data sets, their transforms, and the embedded data set GRATINGS.
+"""Data sets, how their files are read, and their transforms.
 
 Every sample is (image, label): uint8 pixels (3, H, W) and an int. Batches stay uint8 until `Prepare` converts them on
 the device, which costs a quarter of the memory traffic of float32.
 """
 
-import contextlib
 import json
-import math
-import multiprocessing
 import os
 import random
-import resource
-import shutil
-import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from multiprocessing import Array
-from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_transform
-from timm.data.loader import fast_collate
+from timm.data import create_transform, resolve_model_data_config
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import MaybePILToTensor, str_to_interp_mode
 from torch import Tensor, nn
-from torch._utils import ExceptionWrapper
-from torch.utils.data import DataLoader, Dataset, Sampler
-from torch.utils.data._utils import signal_handling
+from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.datasets import CIFAR100, ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from gratings import GRATINGS_SIZES, Gratings
+from loaders import build_loader as build_loader
 from utils import log
 
 DATA_SETS = ("IMNET", "CIFAR", "INAT", "INAT19", "GRATINGS")
@@ -88,6 +80,13 @@ def build_dataset(
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} does not exist: --data-path needs train/ and val/ with one folder per class")
     return ClassFolders(folder, transform)
+
+
+def labels(dataset: Any) -> list[int]:
+    """Return the class of each sample of a data set built by `build_dataset`, without reading its images."""
+    if isinstance(dataset, Gratings):
+        return [index % len(dataset.classes) for index in range(len(dataset))]
+    return dataset.targets if isinstance(dataset, CIFAR100) else [label for _, label in dataset.samples]
 
 
 def match_classes(found: Sequence[str], known: Sequence[str]) -> list[int]:
@@ -156,6 +155,7 @@ class ClassFolders(ImageFolder):
         empty = set(range(len(self.classes))) - {label for _, label in self.samples}
         if empty:
             raise ValueError(f"{root} has classes without images: {_first([self.classes[i] for i in sorted(empty)])}")
+        self.targets = [label for _, label in self.samples]
         self.root, self.transform, self.target_transform, self.loader = root, transform, None, LastImage()
 
 
@@ -196,8 +196,7 @@ def _decode(path):
     """Return the pixels of torchvision's default loader, except that 16-bit and float images are scaled to 8 bits."""
     with Image.open(path) as image:
         image.load()
-        if image.mode.startswith(("I", "F")):
-            image = _to_8_bits(image)
+        image = _to_8_bits(image) if image.mode[0] in "IF" else image
         return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -211,7 +210,7 @@ def _to_8_bits(image):
     low, high = pixels.min(), pixels.max()
     if not np.isfinite([low, high]).all():
         raise ValueError("it has pixels that are not finite")
-    tops = (65535,) if image.mode.startswith("I") else (1, 255)
+    tops = (65535,) if image.mode[0] == "I" else (1, 255)
     top = next((top for top in tops if low >= 0 and high <= top), None)
     if top is None:
         pixels, top = pixels - low, (high - low) or 1
@@ -307,6 +306,17 @@ def eval_transform(input_size: int, crop_ratio: float = 0.875, interpolation: st
     return transforms.Compose([resize, transforms.CenterCrop(input_size), MaybePILToTensor()])
 
 
+def own_eval_transform(model: nn.Module, input_size: int | None = None) -> transforms.Compose:
+    """Build the evaluation transform that a timm model's config describes: its crop ratio and interpolation.
+
+    Args:
+        model: a timm model.
+        input_size: Side of the images in pixels; None for the one of the config.
+    """
+    config = resolve_model_data_config(model)
+    return eval_transform(input_size or config["input_size"][-1], config["crop_pct"], config["interpolation"])
+
+
 class BoundedResize(transforms.Resize):
     """Resize the shorter side; of an image that would become huge, return only a part of the longer side.
 
@@ -375,7 +385,7 @@ class Prepare(nn.Module):
         return self.erase(images) if self.erase and self.training else images
 
 
-def check_images(dataset: Dataset, num: int = 32) -> None:
+def check_images(dataset: Any, num: int = 32) -> None:
     """Decode an evenly spaced sample of the image files of a data set.
 
     Raises:
@@ -424,164 +434,4 @@ class SeededDataset(Dataset):
                 if left < 0:
                     raise error
                 self.bad[len(bad) - left - 1] = index
-                with contextlib.suppress(OSError):  # of a full disk
-                    print(f"warning: {error}; taking the next one, {left} more allowed", flush=True)
-
-
-_WAYS_OUT = "enlarge /dev/shm (docker run --shm-size=8g or --ipc=host), raise ulimit -n, or use --num_workers 0"
-
-
-class LoaderError(RuntimeError):
-    """Shared memory or open files do not suffice for the loader workers."""
-
-
-class _BatchQueue(Queue):
-    """A queue that sends the error instead of a batch that cannot be sent; Python's would drop the batch.
-
-    The main process would then wait for the batch forever.
-    """
-
-    def _on_queue_feeder_error(self, error, item):
-        error = LoaderError(f"a loader worker cannot hand over its batch: {error}: {_WAYS_OUT}")
-        self.put((item[0], ExceptionWrapper((LoaderError, error, None))))
-
-
-class _Fork(multiprocessing.context.ForkContext):  # fork, as workers compare their parent's process id
-    def Queue(self, maxsize=0):
-        return _BatchQueue(maxsize, ctx=self)
-
-
-def _reserve_files(num_workers):
-    """Raise the soft limit on open files if the workers' pipes and batches may exceed it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = sys.maxsize if hard == resource.RLIM_INFINITY else hard
-    needed = len(os.listdir("/dev/fd")) + 10 * num_workers + 20
-    if needed > most:
-        raise LoaderError(f"{num_workers} loader workers need {needed} open files; the limit is {most}: {_WAYS_OUT}")
-    if soft != resource.RLIM_INFINITY and soft < 2 * needed:  # twice, as validation has as many workers
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(2 * needed, most), hard))
-
-
-def warn_if_shm_is_small(batch_bytes: int, num_workers: int) -> str | None:
-    """Return a warning if /dev/shm cannot hold the batches that the loader workers prepare in advance, else None.
-
-    Args:
-        batch_bytes: Size of a batch in bytes.
-        num_workers: Workers of all loaders and processes of this machine; each prepares two batches.
-    """
-    try:
-        free = shutil.disk_usage("/dev/shm").free
-    except OSError:
-        return None
-    needed = 2 * num_workers * batch_bytes
-    if needed <= free:
-        return None
-    return f"/dev/shm has {free >> 20} MB left, loader workers may need {needed >> 20} MB: {_WAYS_OUT}"
-
-
-def build_loader(
-    dataset: Dataset,
-    sampler: Sampler | Sequence,
-    batch_size: int,
-    num_workers: int,
-    *,
-    drop_last: bool,
-    pin_memory: bool = False,
-    timeout: float = 0,
-    worker_init_fn: Callable[[int], None] | None = None,
-) -> DataLoader:
-    """Build a DataLoader of (uint8 images (B, 3, H, W), int64 labels (B,)) with persistent workers.
-
-    Args:
-        timeout: Seconds to wait for a batch; 0 waits as long as the workers live.
-        worker_init_fn: Called in each worker with its number.
-
-    Raises:
-        LoaderError: The limit on open files is too low. Iterating raises it if /dev/shm is full.
-    """
-    # torch's handler raises from the death of a worker on any line the process is executing, even in the middle of
-    # saving a checkpoint. The DataLoader also finds a dead worker once it has waited 5 s (or `timeout`) for a batch.
-    signal_handling._SIGCHLD_handler_set = True
-    if num_workers > 0:
-        _reserve_files(num_workers)
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        sampler=sampler,
-        num_workers=num_workers,
-        collate_fn=fast_collate,
-        pin_memory=pin_memory,
-        drop_last=drop_last,
-        persistent_workers=num_workers > 0,
-        timeout=timeout if num_workers > 0 else 0,
-        multiprocessing_context=_Fork() if num_workers > 0 else None,
-        worker_init_fn=worker_init_fn,
-    )
-
-
-GRATINGS_SIZES = {"train": 6000, "val": 3000}
-_COSINE = np.array([round(256 * math.cos(2 * math.pi * k / 1024)) for k in range(1024)])
-
-
-class Gratings(Dataset):
-    """Embedded data set: color images of a grating whose orientation and spatial frequency are the class.
-
-    Six orientations times four frequencies. Phase, colors and contrast are random; orientation and frequency jitter
-    around those of the class; a second, weaker grating, a disc and noise distract. Some images are therefore between
-    classes. An image depends only on (split, index) and uses integer arithmetic on raw random bits, so that it is the
-    same on every machine and with every version of numpy.
-
-    Args:
-        split: "train" or "val".
-        num_images: Length of the data set; the first n images are the same for every length.
-        image_size: Side of the images in pixels.
-        transform: Maps an RGB PIL image to the image of the sample.
-    """
-
-    ORIENTATIONS = 6  # over half a turn
-    FREQUENCIES = (2.0, 3.0, 4.5, 6.75)  # cycles per image
-    JITTER = 0.45  # largest deviation of orientation and frequency, in steps between classes
-    DISTRACTOR = 0.9  # largest amplitude of the second grating relative to the first
-    NOISE = 90  # largest deviation of the noise in gray levels
-
-    def __init__(self, split: str, num_images: int, image_size: int = 32, transform: Callable | None = None):
-        self.split = ("train", "val").index(split)
-        self.num_images, self.image_size, self.transform = num_images, image_size, transform
-        degrees = [180 * o // self.ORIENTATIONS for o in range(self.ORIENTATIONS)]
-        self.classes = [f"orientation {o}, frequency {f:g}" for o in degrees for f in self.FREQUENCIES]
-        self._y, self._x = np.mgrid[:image_size, :image_size]
-
-    def __len__(self) -> int:
-        return self.num_images
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        label = index % len(self.classes)
-        image = Image.fromarray(self.pixels(index, label))
-        return (self.transform(image) if self.transform else image), label
-
-    def pixels(self, index: int, label: int) -> np.ndarray:
-        """Return the image as uint8 (image_size, image_size, 3)."""
-        size = self.image_size
-        bits = np.random.PCG64(np.random.SeedSequence((self.split, index))).random_raw(20 + 3 * size * size // 4)
-        bits = bits.astype("<u8")  # the same byte order on every machine
-        u = [int(word) / 2**64 for word in bits[:20]]
-        orientation, frequency = divmod(label, len(self.FREQUENCIES))
-        wave = self._wave(orientation + self.JITTER * (2 * u[0] - 1), frequency + self.JITTER * (2 * u[1] - 1), u[2])
-        other = self._wave(self.ORIENTATIONS * u[3], (len(self.FREQUENCIES) - 1) * u[4], u[5])
-        wave = wave * 256 + other * int(256 * self.DISTRACTOR * u[6])
-        contrast = 0.15 + 0.25 * u[7]
-        direction = np.array([round(255 * contrast * (0.4 + 0.6 * v)) for v in u[8:11]])
-        background = np.array([round(70 + 115 * v) for v in u[11:14]])
-        image = background + (wave[..., None] * direction >> 16)
-        radius = size * (0.08 + 0.12 * u[14])
-        disc = (self._x - int(size * u[15])) ** 2 + (self._y - int(size * u[16])) ** 2 < int(radius * radius)
-        image[disc] = [round(255 * v) for v in u[17:20]]
-        noise = bits[20:].view(np.uint8)[: 6 * size * size].reshape(2, size, size, 3).astype(np.int64).sum(axis=0) - 255
-        return np.clip(image + (noise * self.NOISE >> 8), 0, 255).astype(np.uint8)
-
-    def _wave(self, orientation, frequency, phase):
-        """Return int 256 cos(2 pi (f . x + phase)) on the grid; orientation and frequency in steps between classes."""
-        angle = math.pi * orientation / self.ORIENTATIONS
-        cycles = self.FREQUENCIES[0] * (self.FREQUENCIES[1] / self.FREQUENCIES[0]) ** frequency
-        step_x, step_y = (round(2**16 * cycles * part / self.image_size) for part in (math.cos(angle), math.sin(angle)))
-        return _COSINE[(self._x * step_x + self._y * step_y + int(2**16 * phase) >> 6) % 1024]
+                log(f"warning: {error}; taking the next one, {left} more allowed", every_rank=True)

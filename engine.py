@@ -287,6 +287,8 @@ def evaluate(
     amp_dtype: torch.dtype = torch.float32,
     sharded: bool = True,
     should_stop: Callable[[], int] = lambda: 0,
+    classes: list[int] | None = None,
+    observe: Callable[[Tensor], None] | None = None,
 ) -> dict | None:
     """Return cross-entropy and accuracy over the images of all ranks, each image counted once.
 
@@ -294,6 +296,8 @@ def evaluate(
         model: images -> logits (B, classes), not wrapped in DDP.
         loader: yields uint8 images and int64 labels; the ranks' loaders hold disjoint shards if `sharded`.
         device, prepare, amp_dtype, should_stop: as for `train_one_epoch`.
+        classes: the model's outputs to choose among, in the order of the labels; None for all.
+        observe: called with the logits (B, classes) of each batch.
 
     Returns:
         {"loss": mean over images, "acc1", "acc5": percent, "correct1", "correct5", "images": counts}; top-5 is over
@@ -314,6 +318,10 @@ def evaluate(
         with autocast(device, amp_dtype):
             logits = model(prepare(inputs))
         logits = logits.float()
+        if classes is not None:
+            logits = logits[:, classes]
+        if observe is not None:
+            observe(logits)
         hits = (logits.topk(min(5, logits.shape[1])).indices == labels[:, None]).sum(dim=0)
         loss = F.cross_entropy(logits, labels, reduction="sum")
         totals += torch.stack([loss.double(), hits[0].double(), hits.sum().double()])

@@ -18,9 +18,8 @@ import torch.distributed as dist
 from utils import Diverged, Stopped, UserError, as_user_error, error_line, one_line, rank, run_status
 
 # Signals of torchrun, SLURM and other batch systems, and of a terminal that closes.
-STOP_SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGQUIT", "SIGXCPU")
-)
+NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGQUIT", "SIGXCPU")
+STOP_SIGNALS = tuple(getattr(signal, name) for name in NAMES)
 GRACE = 20.0  # seconds from a signal to the next step boundary; then the run ends without saving
 
 # Exit codes
@@ -38,7 +37,8 @@ def exit_codes(*user_errors: type[Exception]) -> Iterator[None]:
     """
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:  # closed by the parent
-            stream.reconfigure(errors="backslashreplace")  # names that the terminal cannot encode
+            # Escape names that the terminal cannot encode.
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         yield
     except (Stopped, KeyboardInterrupt) as stop:
@@ -48,24 +48,22 @@ def exit_codes(*user_errors: type[Exception]) -> Iterator[None]:
         finish(3, "diverged", error)
     except (UserError, *user_errors) as error:
         finish(2, "failed", error)
+    except torch.cuda.OutOfMemoryError as error:
+        finish(2, "failed", UserError(f"{one_line(error)} Lower --batch-size"))
     except Exception as error:
-        if isinstance(error, torch.cuda.OutOfMemoryError):
-            finish(2, "failed", UserError(f"{one_line(error)} Lower --batch-size and raise --accum-steps to match"))
-        elif lost_worker(error):
+        if lost_worker(error):
             advice = "use fewer --num_workers, more memory, or a longer --loader-timeout"
             finish(2, "failed", UserError(f"lost a data loading worker: {one_line(error)}: {advice}"))
-        elif lost_contact(error):
+        if lost_contact(error):
             finish(1, "failed" if rank() == 0 else None, UserError(f"lost another process: {one_line(error)}"))
-        else:
-            run_status.write("failed", rank=rank(), reason=one_line(error))
-            end_loader_workers()
-            raise
+        run_status.write("failed", rank=rank(), reason=one_line(error))
+        end_loader_workers()
+        raise
     end_loader_workers()
 
 
 def finish(code: int, status: str | None, error: BaseException) -> None:
     """Print the error, write the status and end the process."""
-    signal.setitimer(signal.ITIMER_REAL, 0)
     sys.unraisablehook = lambda _: None  # a half-built loader complains when it is deleted
     if rank() == 0 or code < 128:
         with contextlib.suppress(OSError):
@@ -102,10 +100,14 @@ def leave_distributed(code: int = 0) -> None:
     That clean-up made finished runs on two CPU processes abort ("terminate called without an active exception") in
     9 of 60 cases, and hang in some where the group was destroyed first.
     """
-    if not dist.is_initialized():
-        return
-    if code == 0:
-        dist.barrier()
+    if dist.is_initialized():
+        if code == 0:
+            dist.barrier()
+        end_process(code)
+
+
+def end_process(code: int) -> None:
+    """End the process and its loader workers at once, from any thread."""
     end_loader_workers()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, AttributeError):
@@ -122,23 +124,35 @@ class StopRequest:
     Before `between_steps` there is nothing to save and a signal raises Stopped at once. Afterwards calling the object
     at a step boundary returns the signal's number, or 0, on all ranks. With several processes the answer is that of
     the call before: the ranks exchange it while they compute, so no step waits for it.
+
+    A process that reaches no boundary within `GRACE`, because it waits for an image or another rank, is ended.
     """
 
     def __init__(self):
         self.noted, self.number, self.stepping = 0, 0, False
         self.group, self.pending = None, None
+        self.answered = threading.Event()
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
-        signal.signal(signal.SIGALRM, self._too_late)
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
 
     def _note(self, number, frame):
         self.noted = number
         if not self.stepping:
+            self.answered.set()
             raise Stopped(number)
-        signal.setitimer(signal.ITIMER_REAL, GRACE)
 
-    def _too_late(self, number, frame):
-        raise Stopped(self.noted, f": no step ended within {GRACE:g} s, so nothing was saved after the last checkpoint")
+    def _watch(self, reader: int) -> None:
+        """Wait for a signal in a thread: Python's handlers have to wait while the main thread is inside torch."""
+        number = os.read(reader, 1)[0]
+        if not self.answered.wait(GRACE - (rank() == 0)):  # rank 0 first, since it writes the status
+            late = f": no step ended within {GRACE:g} s, so nothing was saved after the last checkpoint"
+            with contextlib.suppress(SystemExit):
+                finish(128 + number, "preempted", Stopped(number, late))
+            end_process(128 + number)
 
     def between_steps(self, timeout: float = 1800.0) -> None:
         """Start to act on signals at step boundaries only; a collective. `timeout` is that of init_distributed."""
@@ -158,7 +172,7 @@ class StopRequest:
             work = dist.all_reduce(answer, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
             self.pending = work, answer
         if self.number:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            self.answered.set()
         return self.number
 
 
@@ -199,24 +213,20 @@ def end_with_launcher(grace: float = 4.0) -> None:
 def launched_as(expected: int | None = None) -> tuple[int, int]:
     """Return (rank, number of processes) from the launcher's environment, (0, 1) without a launcher.
 
-    Args:
-        expected: the number of processes that the user expects, or None.
-
     Raises:
-        UserError: the variables contradict each other or `expected`, or SLURM started several tasks without them.
+        UserError: the variables contradict each other or the `expected` number of processes.
     """
     env = os.environ
-    found = [name for name in ("RANK", "WORLD_SIZE") if name in env]
-    if not found and env.get("SLURM_NTASKS", "1") != "1" and "SLURM_PROCID" in env:
+    launched = "RANK" in env or "WORLD_SIZE" in env
+    if not launched and "SLURM_PROCID" in env and env.get("SLURM_NTASKS", "1") != "1":
         raise UserError(
             f"SLURM started {env['SLURM_NTASKS']} tasks, but RANK and WORLD_SIZE are not set: run `srun python -m "
             "torch.distributed.run` with one task per node, as in recipes/one_node.slurm, or unset SLURM_NTASKS"
         )
-    if len(found) == 1:
-        raise UserError(f"{found[0]} is set without RANK and WORLD_SIZE both: use torch.distributed.run, or unset it")
-    number, size = env.get("RANK", "0"), env.get("WORLD_SIZE", "1")
+    number, size = (env.get("RANK", "unset"), env.get("WORLD_SIZE", "unset")) if launched else ("0", "1")
     if not (number.isdecimal() and size.isdecimal() and int(number) < int(size)):
-        raise UserError(f"RANK={number} and WORLD_SIZE={size} contradict each other: expected 0 <= RANK < WORLD_SIZE")
+        found = f"RANK is {number} and WORLD_SIZE is {size}"
+        raise UserError(f"{found}: expected 0 <= RANK < WORLD_SIZE, as torch.distributed.run sets them")
     if expected not in (None, int(size)):
         raise UserError(
             f"--world_size {expected} does not match the {size} processes: start with "
@@ -235,15 +245,13 @@ def init_distributed(
         dist_url: rendezvous address for torch.distributed.
         timeout: seconds after which a collective that a process does not join ends the job.
         expected: the number of processes that the user expects, or None.
-
-    Raises:
-        UserError: there is no such device, or the launcher's variables contradict each other.
     """
     number, size = launched_as(expected)
     chosen = _choose_device(device, size)
     if "RANK" not in os.environ:
         return chosen
-    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and _shared_store():
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # After a restart it still holds the addresses of the processes that ended (pytorch issue 135712).
         raise UserError("--max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the launcher's environment")
     limit = datetime.timedelta(seconds=timeout)
@@ -257,20 +265,16 @@ def init_distributed(
     return chosen
 
 
-def _shared_store() -> bool:
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-
 def _choose_device(name: str, size: int) -> torch.device:
     """Return the device of a name, checked against the machine, and make it current."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     with as_user_error(f"--device {name}: expected cuda, cuda:N or cpu: ", RuntimeError):
         device = torch.device(name)
-    if device.type not in ("cuda", "cpu"):
-        raise UserError(f"--device {name}: expected cuda, cuda:N or cpu")
     if device.type == "cpu":
         return device
+    if device.type != "cuda":
+        raise UserError(f"--device {name}: expected cuda, cuda:N or cpu")
     if device.index is not None and size > 1:
         raise UserError(f"--device {name} would put all {size} processes on one GPU: give --device cuda")
     index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index

@@ -17,8 +17,15 @@ from utils import UserError, as_user_error, error_line
 
 DATA_SETS = ("IMNET", "CIFAR", "INAT", "INAT19", "GRATINGS")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
+DTYPES = ("float16", "bfloat16", "float32")
 FEATURE_LOSSES = ("spectral", "mse", "mse_plain", "manifold", "projector", "projector_trained")
 SMALL_IMAGE = 32  # DeiT's rule: up to this size, crops are of the whole image with a border of 4 pixels
+
+
+class Flags(argparse.Namespace):
+    """The flags of a run; `given` holds the names of those on the command line."""
+
+    __slots__ = ("given",)  # kept out of vars()
 
 
 class Parser(argparse.ArgumentParser):
@@ -92,6 +99,11 @@ def number(kind: type, low: float, high: float = math.inf, *, ends: bool = True)
     return parse
 
 
+def block_id(text: str) -> int | str:
+    """Read a block id, or `all`."""
+    return text if text == "all" else COUNT(text)
+
+
 FRACTION = number(float, 0, 1)
 NON_NEGATIVE = number(float, 0)
 POSITIVE = number(float, 0, ends=False)
@@ -161,9 +173,14 @@ def add_teacher_flags(add) -> None:
     add("--teacher-kwargs", nargs="*", action=KeyValues, default={}, metavar="KEY=VALUE", help="as --model-kwargs")
     help_text = "weight of the logit distillation; cross-entropy is weighted by 1 - alpha, with fft too"
     add("--distillation-alpha", type=FRACTION, default=0.5, help=help_text)
+    kinds = ("auto", "timm", "eager", "triton")
+    help_text = "attention of a CaiT or Swin teacher; auto: eager, until triton has been measured on a GPU"
+    add("--teacher-attention", default="auto", choices=kinds, help=help_text)
+    add("--teacher-dtype", default="float32", choices=DTYPES, help="dtype in which the teacher's weights are kept")
     add("--distillation-tau", type=POSITIVE, default=1.0, help="temperature of soft distillation")
-    add("--s-id", nargs="+", type=COUNT, default=[], help="student blocks to match, in the order of --t-id")
-    add("--t-id", nargs="+", type=COUNT, default=[], help="teacher blocks, one for each of --s-id")
+    help_text = "student blocks to match, as indices of timm's feature_info (blocks of a ViT, stages of a Swin), or all"
+    add("--s-id", nargs="+", type=block_id, default=[], help=help_text)
+    add("--t-id", nargs="+", type=block_id, default=[], help="teacher blocks, one for each of --s-id, or all")
     add("--w-fft", type=NON_NEGATIVE, default=0.2, help="weight of the feature loss")
     add("--distillation-beta", type=NON_NEGATIVE, default=1.0, help="second factor of the feature loss, as published")
     help_text = "feature loss: mse has the weight W/4K of the spectral loss, the others are those of other papers"
@@ -175,8 +192,7 @@ def add_teacher_flags(add) -> None:
 def add_optimization_flags(add) -> None:
     add("--epochs", type=AT_LEAST_ONE, default=300, help="number of epochs")
     add("--accum-steps", type=AT_LEAST_ONE, default=1, help="batches per optimizer step")
-    dtypes = ("float16", "bfloat16", "float32")
-    add("--amp-dtype", choices=dtypes, help="autocast dtype; default: float16 on a GPU, float32 on a CPU")
+    add("--amp-dtype", choices=DTYPES, help="autocast dtype; default: float16 on a GPU, float32 on a CPU")
     add("--bce-loss", action="store_true", help="binary cross-entropy (DeiT III) instead of cross-entropy")
     add("--smoothing", type=FRACTION, default=0.1, help="label smoothing")
     add("--opt", default="adamw", help="timm optimizer")
@@ -221,7 +237,11 @@ def add_augmentation_flags(add) -> None:
 def add_run_flags(add) -> None:
     add("--output_dir", "--output-dir", default="", help="folder for checkpoints and logs; default: write nothing")
     add("--device", default="auto", help="cuda, cuda:N or cpu; auto: cuda if there is a GPU")
-    add("--compile", default="none", choices=("none", "teacher", "both"), help="torch.compile; takes minutes at start")
+    kinds = ("auto", "none", "teacher", "both")
+    help_text = "torch.compile, which takes minutes at the start; auto: none, until it has been measured on a GPU"
+    add("--compile", default="auto", choices=kinds, help=help_text)
+    add("--deterministic", action="store_true", help="deterministic GPU kernels, for exact resumes; slower")
+    add("--import", dest="import_module", default="", metavar="MODULE", help="module that registers models with timm")
     add("--seed", type=number(int, 0, 2**62), default=0, help="seed of weights, order and augmentation")
     add("--resume", default="", help="checkpoint, URL, or auto: the newest valid one in --output_dir")
     add("--start_epoch", "--start-epoch", type=COUNT, help="first epoch; default: the one after the checkpoint's")
@@ -230,36 +250,81 @@ def add_run_flags(add) -> None:
     add("--eval", action="store_true", help="evaluate the weights and exit")
     add("--eval-ema", action="store_true", help="also evaluate the EMA; with --eval: only the EMA")
     add("--dist-eval", action=ON_OFF, default=True, help="split the evaluation between processes")
-    add("--export", default="", metavar="FILE", help="write the weights of --resume as safetensors and exit")
+    add("--export", default="", metavar="FOLDER", help="write the weights of --resume in timm's format and exit")
+    help_text = "with --eval on ImageNet: also score against the ReaL labels, of timm or of this file"
+    add("--real-labels", nargs="?", const="timm", default="", metavar="FILE", help=help_text)
+    add("--wandb", default="", metavar="PROJECT", help="also log to this Weights & Biases project (pip install wandb)")
     add("--dry-run", action="store_true", help="build everything, train two steps, report cost, write nothing")
     add("--world_size", "--world-size", type=AT_LEAST_ONE, help="expected number of processes")
     add("--dist_url", "--dist-url", default="env://", help="rendezvous address")
     add("--dist-timeout", type=POSITIVE, default=1800, help="seconds before a hung collective ends the job")
 
 
-def parse_args(argv: Sequence[str] | None = None, defaults: dict | None = None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> Flags:
     """Parse and check the flags of main.py.
 
     Args:
         argv: the flags; None for those of the process.
-        defaults: values of flags that are not given, by name.
 
     Raises:
         UserError: with one line about the first mistake.
     """
     parser = get_args_parser()
-    parser.set_defaults(**(defaults or {}))
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv, Flags())
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    args.given = set(vars(parser.parse_args(argv)))
     for flag, message in NOT_SUPPORTED.items():
         if hasattr(args, flag.strip("-").replace("-", "_")):
             raise UserError(message)
     check_modes(args)
     check_paths(args)
     if not (args.eval or args.export):  # a training command with --eval added is fine
-        check_distillation(args, parser)
-        check_optimization(args, parser)
-        check_augmentation(args, parser)
+        check_distillation(args)
+        check_optimization(args)
+        check_augmentation(args)
     return args
+
+
+FROM_CHECKPOINT = ("model", "model_kwargs", "num_classes", "input_size", "eval_crop_ratio", "data_set", "data_path")
+FROM_CHECKPOINT += ("inat_category", "gratings_sizes")
+
+
+def complete_args(args: Flags, stored: dict) -> Flags:
+    """Return the flags with model and data of a checkpoint's run where they are not given.
+
+    Raises:
+        UserError: the data set has no folder.
+    """
+    taken = {name: stored[name] for name in FROM_CHECKPOINT if name in stored and name not in args.given}
+    if isinstance(taken.get("model_kwargs"), list):  # of a run before version 0.2
+        taken["model_kwargs"] = key_values(taken["model_kwargs"])
+    completed = Flags(**vars(args) | taken)
+    completed.given = args.given
+    check_data_path(completed)
+    return completed
+
+
+def to_arg_lines(args: argparse.Namespace) -> list[str]:
+    """Return the flags that differ from their defaults as lines of an argument file that repeats the run.
+
+    Left out are --overwrite, and the --resume that continued the run in its own folder.
+    """
+    resume, folder = (Path(getattr(args, name, "")).resolve() for name in ("resume", "output_dir"))
+    left_out = ("overwrite", *(("resume", "start_epoch") if resume.parent == folder else ()))
+    lines = []
+    for action in get_args_parser()._actions:
+        value = getattr(args, action.dest, action.default)
+        if value == action.default or action.default is argparse.SUPPRESS or action.dest in left_out:
+            continue
+        flag = action.option_strings[0]
+        if isinstance(value, bool):
+            lines.append(flag if value else flag.replace("--", "--no-", 1))
+            continue
+        values = [f"{k}={v!r}" for k, v in value.items()] if isinstance(value, dict) else value
+        words = map(str, values if isinstance(values, (list, tuple)) else [values])
+        lines.append(" ".join([flag, *map(shlex.quote, words)]))
+    return lines
 
 
 def parse_or_exit() -> argparse.Namespace:
@@ -289,6 +354,8 @@ def check_modes(args: argparse.Namespace) -> None:
         raise UserError("--resume auto looks in --output_dir, which is not given: name the run's folder")
     if args.resume == "auto" and args.start_epoch is not None:
         raise UserError("--start_epoch with --resume auto would start there every time: name the file to resume")
+    if args.real_labels and not args.eval:
+        raise UserError("--real-labels needs --eval: they only change how ImageNet is scored")
     if args.resume and args.overwrite:
         raise UserError("--resume continues a run and --overwrite starts it again: give one")
     if args.eval_ema and not args.eval and not args.model_ema:
@@ -300,11 +367,8 @@ def check_modes(args: argparse.Namespace) -> None:
 
 def check_paths(args: argparse.Namespace) -> None:
     """Check that the files and folders named exist."""
-    if args.data_set != "GRATINGS" and not args.export:
-        if not args.data_path:
-            raise UserError(f"--data-set {args.data_set} needs --data-path, the folder of its images")
-        if not Path(args.data_path).is_dir():
-            raise UserError(f"--data-path {args.data_path} is not a folder: name the folder of the data set")
+    if not args.resume or (args.resume == "auto" and not args.eval):  # else the checkpoint may name the data set
+        check_data_path(args)
     teacher_path = args.teacher_path if args.distillation_type != "none" and not args.eval else ""
     for flag, path in (("resume", args.resume), ("finetune", args.finetune), ("teacher-path", teacher_path)):
         if path and path != "auto" and "://" not in path and not Path(path).is_file():
@@ -313,7 +377,17 @@ def check_paths(args: argparse.Namespace) -> None:
             raise UserError(f"--{flag} {path} {found}: name a file of weights{hint}")
 
 
-def check_distillation(args: argparse.Namespace, parser: Parser) -> None:
+def check_data_path(args: argparse.Namespace) -> None:
+    """Check that the folder of the data set exists, if it needs one."""
+    if args.data_set == "GRATINGS" or args.export:
+        return
+    if not args.data_path:
+        raise UserError(f"--data-set {args.data_set} needs --data-path, the folder of its images")
+    if not Path(args.data_path).is_dir():
+        raise UserError(f"--data-path {args.data_path} is not a folder: name the folder of the data set")
+
+
+def check_distillation(args: Flags) -> None:
     """Check the teacher's flags; one that would be ignored is refused, because it changes what the run measures."""
     if args.distillation_type == "none":
         needs, names = "--distillation-type soft, hard or fft", DISTILLATION_FLAGS
@@ -322,7 +396,7 @@ def check_distillation(args: argparse.Namespace, parser: Parser) -> None:
     else:
         needs, names = "", ()
     for name in names:
-        if getattr(args, name) != parser.get_default(name):
+        if name in args.given:
             raise UserError(f"--{name.replace('_', '-')} has no effect without {needs}: leave it out")
     if args.distillation_type == "none":
         return
@@ -330,25 +404,24 @@ def check_distillation(args: argparse.Namespace, parser: Parser) -> None:
         counts = f"--s-id has {len(args.s_id)} ids but --t-id has {len(args.t_id)}"
         raise UserError(f"{counts}: give one teacher block per student block")
     weight = args.w_fft * args.distillation_beta
-    if weight > 0 and not args.s_id:
-        raise UserError("the feature loss needs --s-id and --t-id: give both, or --w-fft 0")
     if weight == 0 and (args.distillation_type == "fft" or args.distillation_alpha == 0):
         raise UserError("the teacher has no part in this loss: give --w-fft above 0, or --distillation-alpha above 0")
 
 
 DISTILLATION_FLAGS = (
     *("distillation_alpha", "distillation_tau", "teacher_model", "teacher_path", "teacher_kwargs"),
+    *("teacher_attention", "teacher_dtype"),
     *("s_id", "t_id", "w_fft", "distillation_beta", "feature_loss", "spectral_impl"),
 )
 
 
-def check_optimization(args: argparse.Namespace, parser: Parser) -> None:
+def check_optimization(args: Flags) -> None:
     """Check flags of optimizer and schedule against each other."""
     if args.sched == "plateau":
         raise UserError("--sched plateau is not supported: choose a schedule that depends on the epoch alone")
     if args.opt == "adahessian":
         raise UserError("--opt adahessian is not supported: the training loop takes no second derivatives")
-    if args.warmup_epochs > args.epochs and args.warmup_epochs != parser.get_default("warmup_epochs"):
+    if args.warmup_epochs > args.epochs and "warmup_epochs" in args.given:
         raise UserError(f"--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}: lower it")
     if args.lr_noise and (len(args.lr_noise) > 2 or args.lr_noise != sorted(set(args.lr_noise))):
         raise UserError("--lr-noise takes where the noise starts, or where it starts and ends, in this order")
@@ -357,9 +430,9 @@ def check_optimization(args: argparse.Namespace, parser: Parser) -> None:
             raise UserError(f"--model-kwargs {key} would override {flag}: give {flag} instead")
 
 
-def check_augmentation(args: argparse.Namespace, parser: Parser) -> None:
+def check_augmentation(args: Flags) -> None:
     """Check flags of augmentation against each other."""
-    if args.ThreeAugment and args.aa != parser.get_default("aa"):
+    if args.ThreeAugment and "aa" in args.given:
         raise UserError("--aa and --ThreeAugment exclude each other: give one")
     small = args.input_size <= SMALL_IMAGE and not args.ThreeAugment
     if args.src and small:

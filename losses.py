@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spectral import FeatureHooks, closed_spectral_loss
+from spectral import FeatureHooks, closed_spectral_loss, spectral_loss
 
 TERMS = ("loss_base", "loss_fft", "loss_dist")
 
@@ -20,19 +20,28 @@ class FrozenTeacher:
         model: a timm model, on its device.
         ids: ids of the blocks whose maps to return (`spectral.FeatureHooks`).
         scale, shift: from `renormalization`; None if student and teacher take the same images.
+        size: side of the images that the model takes, in pixels; others are resized. None takes any size.
+        classes: the model's outputs to return as logits, in this order; None for all.
     """
 
-    def __init__(self, model: nn.Module, ids: Iterable[int] = (), scale=None, shift=None):
+    def __init__(self, model: nn.Module, ids: Iterable[int] = (), scale=None, shift=None, size=None, classes=None):
         self.model = model.eval().requires_grad_(False)
         self.hooks = FeatureHooks(model, ids)
-        self.scale, self.shift = scale, shift
+        self.scale, self.shift, self.size = scale, shift, size
+        device = next(model.parameters()).device
+        self.classes = None if classes is None else torch.tensor(classes, device=device)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return logits (B, classes) and a list of maps (B, C, H, W) for images (B, 3, H, W)."""
-        if self.scale is not None:
-            images = images * self.scale + self.shift
-        return self.model(images), self.hooks.pop()
+        logits = self.model(self.prepare(images))
+        return logits if self.classes is None else logits[:, self.classes], self.hooks.pop()
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Return the student's images (B, 3, H, W) as the teacher takes them."""
+        if self.size is not None and images.shape[-1] != self.size:
+            images = F.interpolate(images, size=(self.size, self.size), mode="bicubic", antialias=True)
+        return images if self.scale is None else images * self.scale + self.shift
 
 
 def renormalization(
@@ -124,7 +133,18 @@ class DistillationLoss(nn.Module):
             if self.logit_loss is not None:
                 terms["loss_dist"] = self.logit_weight * self.logit_loss(distillation_logits, logits, self.tau)
             if teacher_features:
-                losses = self.feature_loss if self.per_pair else [self.feature_loss] * len(features)
-                pairs = [loss(s, t) for loss, s, t in zip(losses, features, teacher_features, strict=True)]
-                terms["loss_fft"] = self.feature_weight * torch.stack(pairs).mean()
+                terms["loss_fft"] = self.feature_weight * self.feature_term(features, teacher_features)
         return {"loss": sum(terms.values()), **terms}
+
+    def feature_term(self, features: list[Tensor], teacher_features: list[Tensor]) -> Tensor:
+        """Return the mean of the feature loss over pairs of maps (B, C, H, W)."""
+        losses = self.feature_loss if self.per_pair else [self.feature_loss] * len(features)
+        pairs = [loss(s, t) for loss, s, t in zip(losses, features, teacher_features, strict=True)]
+        return torch.stack(pairs).mean()
+
+    def compile(self, feature_loss: bool = False) -> None:  # type: ignore[override]
+        """Compile the teacher, and the feature loss if asked; complex numbers have no compiler."""
+        if self.teacher is not None:
+            self.teacher.model = torch.compile(self.teacher.model, dynamic=False)  # type: ignore[attr-defined]
+        if feature_loss and not self.per_pair and self.feature_loss is not spectral_loss:
+            self.feature_loss = torch.compile(self.feature_loss, dynamic=False)  # type: ignore[arg-type]

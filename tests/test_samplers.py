@@ -2,6 +2,8 @@
 
 import itertools
 import json
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,42 @@ def test_every_epoch_and_seed_has_its_own_order():
     assert list(RASampler(range(300), 1, 0, shuffle=False, num_repeats=1))[:3] == [0, 1, 2]
 
 
+def batches_of(size, replicas, batch, **options):
+    """Return the batches of every process, by step."""
+    samplers = [RASampler(range(size), replicas, rank, seed=1, **options) for rank in range(replicas)]
+    shards = [list(sampler) for sampler in samplers]
+    assert [len(sampler) for sampler in samplers] == [len(shard) for shard in shards]
+    return [[shard[i : i + batch] for shard in shards] for i in range(0, len(shards[0]), batch)]
+
+
+@pytest.mark.parametrize(("replicas", "batch"), [(2, 256), (4, 128), (8, 64), (64, 8), (3, 100)])
+def test_blocks_give_the_global_batches_of_strides(replicas, batch):
+    """Including the last, smaller batch."""
+    strides = batches_of(2100, replicas, batch)
+    blocks = batches_of(2100, replicas, batch, block=batch)
+    assert len(blocks) == len(strides) == -(-(2048 // replicas) // batch)
+    for one, other in zip(strides, blocks, strict=True):
+        assert Counter(itertools.chain(*one)) == Counter(itertools.chain(*other))
+
+
+@pytest.mark.parametrize(("replicas", "batch", "strided"), [(2, 256, 0.668), (4, 128, 1.0), (8, 64, 1.0), (64, 8, 1.0)])
+def test_blocks_need_a_third_of_the_decodes(replicas, batch, strided):
+    """A process decodes an image where it differs from the one before."""
+
+    def decodes(**options):
+        shards = list(itertools.chain(*batches_of(2048, replicas, batch, **options)))
+        return sum(sum(1 for _ in itertools.groupby(shard)) for shard in shards) / 2048
+
+    assert decodes() == pytest.approx(strided, abs=0.002)
+    assert decodes(block=batch) <= (batch + 4) / 3 / batch  # a block may begin and end within the copies of an image
+
+
+def test_blocks_go_on_at_another_number_of_processes():
+    """The same global batch size has the same global batches, so that a run can be resumed with more processes."""
+    few, many = batches_of(2048, 2, 128, block=128), batches_of(2048, 8, 32, block=32)
+    assert [list(itertools.chain(*batch)) for batch in few] == [list(itertools.chain(*batch)) for batch in many]
+
+
 # Shards
 
 
@@ -71,7 +109,7 @@ def test_every_sample_is_in_exactly_one_shard(size, replicas):
 # Seeds
 
 
-@pytest.mark.parametrize("order", [RASampler, DistributedSampler])
+@pytest.mark.parametrize("order", [RASampler, partial(RASampler, block=16), DistributedSampler])
 @pytest.mark.parametrize("start", [0, 1, 8, 127])
 def test_a_resumed_epoch_has_the_pairs_of_a_whole_one(order, start):
     whole, rest = (SeededSampler(order(range(300), 2, 1), seed=3, rank=1) for _ in range(2))

@@ -1,7 +1,6 @@
 """Fast paths compute what the reference implementation does: the closed form, attention of frozen teachers, compile."""
 
 import copy
-import functools
 import importlib.util
 import json
 
@@ -11,17 +10,21 @@ import torch
 import torch._inductor.config
 from conftest import ROOT, distil, tiny_run
 from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import attention
 import losses
 import main
+import models
 import spectral
 import utils
-from engine import train_one_epoch
+from builders import build_optimizer
+from checkpoint import TrainState
+from engine import ConstantScaler, DivergenceWatch, train_one_epoch
+from flags import parse_args
 
 SHAPES = [
     *((2, 3, 4, 4), (1, 1, 1, 1), (3, 2, 5, 7), (2, 4, 7, 5), (1, 5, 1, 6), (2, 2, 6, 1), (9, 3, 3, 3)),
@@ -125,7 +128,7 @@ def test_fast_attention_has_the_outputs_and_names_of_timm(name, kwargs):
     expected, weights = model(images), {key: value.clone() for key, value in model.state_dict().items()}
     kinds = [type(module) for module in model.modules()]
     fused = [getattr(module, "fused_attn", None) for module in model.modules()]
-    attention.speed_up(model)
+    models.fast_attention(model)
     changed = [type(module) for module in model.modules()] != kinds
     assert changed or [getattr(module, "fused_attn", None) for module in model.modules()] != fused
     torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)
@@ -136,7 +139,7 @@ def test_fast_attention_has_the_outputs_and_names_of_timm(name, kwargs):
 def test_other_models_are_left_alone():
     model = timm.create_model("deit_tiny_patch16_224", img_size=32, embed_dim=24, depth=2, num_heads=3)
     before = [type(module) for module in model.modules()]
-    assert [type(module) for module in attention.speed_up(model).modules()] == before
+    assert [type(module) for module in models.fast_attention(model).modules()] == before
 
 
 # Whole runs
@@ -172,36 +175,15 @@ def test_a_compiled_run_has_the_terms_of_an_eager_one(tmp_path):
     assert not [key for key in keys if "_orig" in key]
 
 
-@pytest.mark.slow
-def test_a_missing_compiler_is_reported_in_one_line(capsys):
-    torch._dynamo.reset()
-    with torch._inductor.config.patch({"cpp.cxx": (None, "/nonexistent"), "force_disable_caches": True}):
-        assert not main.can_compile(torch.device("cpu"))
-    torch._dynamo.reset()
-    (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("--compile: no compiler works here")
-    assert "/nonexistent" in line
-
-
 # Training steps
 
 
 def train_epoch(model, hooks, criterion, batches, optimizer, meter=None, scaler=None):
-    train_one_epoch(
-        model,
-        hooks,
-        criterion,
-        batches,
-        optimizer=optimizer,
-        scaler=scaler or torch.amp.GradScaler("cpu"),
-        meter=meter or main.new_meter(),
-        epoch=0,
-        device=torch.device("cpu"),
-        prepare=nn.Identity(),
-        seed_step=lambda *where: None,
-        should_stop=lambda: False,
-        update_ema=functools.partial(main.ModelEmaV3(model).update, model),
-    )
+    scaler = scaler or torch.amp.GradScaler("cpu")
+    state = TrainState(model, optimizer, None, scaler, ModelEmaV3(model), ["loss", *losses.TERMS])
+    state.meter = meter or state.meter
+    device, prepare = torch.device("cpu"), nn.Identity()
+    train_one_epoch(state, batches, criterion, hooks, device=device, prepare=prepare, watch=DivergenceWatch())
 
 
 def host_reads(num_steps, fused):
@@ -219,13 +201,13 @@ def test_no_step_waits_for_the_device_with_the_default_optimizer():
     """Between console lines; AdamW without its fused kernel does wait, so a read would be counted."""
     assert host_reads(8, fused=True) == host_reads(4, fused=True)
     assert host_reads(8, fused=False) > host_reads(4, fused=False)
-    optimizer, *_ = main.build_optimizer(main.parse_args(tiny_run()), nn.Linear(2, 2))
+    optimizer, *_ = build_optimizer(parse_args(tiny_run()), nn.Linear(2, 2), nn.Module())
     assert all(group["fused"] for group in optimizer.param_groups)
 
 
 def reference_loss():
     """Return `spectral_loss` of the reference implementation in benchmarks/."""
-    spec = importlib.util.spec_from_file_location("plain", ROOT / "benchmarks" / "plain.py")
+    spec = importlib.util.spec_from_file_location("reference", ROOT / "benchmarks" / "reference.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.spectral_loss
@@ -260,7 +242,7 @@ def engine_terms(student, hooks, criterion, batches):
     """Return the terms (steps, terms) of `train_one_epoch`."""
     meter = Rows()
     optimizer = create_optimizer_v2(student, opt="adamw", lr=1e-3, weight_decay=0.0, fused=True)
-    train_epoch(student, hooks, criterion, batches, optimizer, meter, main.ConstantScaler("cpu"))
+    train_epoch(student, hooks, criterion, batches, optimizer, meter, ConstantScaler("cpu"))
     return torch.tensor(meter.rows)
 
 
@@ -276,7 +258,7 @@ def test_twenty_steps_have_the_terms_of_the_reference_implementation():
         train(student := copy.deepcopy(model), spectral.FeatureHooks(student, [0, 3]), criterion_of(*parts), batches)
         for train, *parts in (
             (reference_terms, copy.deepcopy(teacher), reference_loss()),
-            (engine_terms, attention.speed_up(copy.deepcopy(teacher)), spectral.closed_spectral_loss),
+            (engine_terms, models.fast_attention(copy.deepcopy(teacher)), spectral.closed_spectral_loss),
         )
     )
     assert reference.shape == (20, 4)

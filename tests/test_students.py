@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ROOT
+from conftest import ROOT, TEACHER, run_main, tiny_run
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
@@ -164,7 +164,7 @@ def test_timm_finds_the_blocks_that_the_hooks_find(name):
 @pytest.mark.parametrize("name", [LIFT, WIDELAST])
 def test_own_weights_load_at_another_size_and_class_count(name):
     source, target = build(name, **TINY), build(name, **TINY | {"img_size": 48, "num_classes": 7})
-    assert models.load_weights(target, source.state_dict(), replace_head=True) == 10
+    assert "10 classes" in models.load_weights(target, source.state_dict(), head="fresh")
     assert target(torch.zeros(1, 3, 48, 48)).shape == (1, 7)
     torch.testing.assert_close(target.blocks[11].mlp.fc1.weight, source.blocks[11].mlp.fc1.weight)
 
@@ -176,3 +176,19 @@ def test_widths_heads_and_depth_must_agree():
         students.WideLast([24, 48], depth=12)
     with pytest.raises(ValueError, match="no further prefix token"):
         students.Lift(reg_tokens=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [LIFT, WIDELAST])
+def test_students_train_score_and_export_like_any_model(name, teacher_file, tmp_path):
+    """Two processes, so that DistributedDataParallel meets every parameter; the export loads in plain timm."""
+    pairs = ["--s-id", "0", "3", "--t-id", "0", "5", "--teacher-path", teacher_file, "--teacher-kwargs", *TEACHER]
+    train = tiny_run("--model", name, "--distillation-type", "soft", *pairs, "--output_dir", tmp_path)
+    assert run_main(*train, processes=2).returncode == 0
+    best, exported = tmp_path / "checkpoint.pth", tmp_path / "weights.safetensors"
+    scored = run_main(*tiny_run("--model", name, "--resume", best, "--eval"))
+    logged = json.loads((tmp_path / "log.txt").read_text().splitlines()[-1])["test_acc1"]
+    assert f"{logged:.3f}%" in scored.stdout
+    assert run_main(*tiny_run("--model", name, "--resume", best, "--export", exported)).returncode == 0
+    model = build(name, **TINY | {"depth": 4, "num_classes": 24})
+    timm.models.load_checkpoint(model, str(exported))
