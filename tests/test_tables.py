@@ -123,6 +123,7 @@ METHODS = {
     "none": [],
     "soft KD": [*SPECTRAL, "--distillation-beta", "0"],
     "SpectralKD (1 pair)": [*SPECTRAL, "--s-id", "0", "--t-id", "0"],
+    "SpectralKD (all blocks)": [*SPECTRAL, "--s-id", "all", "--t-id", "all"],
     "MSE baseline (2 pairs)": [*SPECTRAL, "--feature-loss", "mse"],
     "soft KD + manifold (2 pairs)": [*SPECTRAL, "--feature-loss", "manifold"],
     "hard": ["--distillation-type", "hard", "--w-fft", "0"],
