@@ -61,7 +61,7 @@ READS_ARGS = WIRING | {"flags", "analyze", "verify", "tables", "runs"}  # with c
 MODULES = {path.stem: ast.parse(path.read_text()) for path in ROOT.glob("*.py")}
 DOCUMENTS = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
 # Named in the documents and still to be written.
-FILES_TO_COME = {"docs/reproducing.md", "recipes/imagenette.args", "recipes/cifar100.args"}
+FILES_TO_COME = {"docs/reproducing.md"}
 FILES_OF_A_RUN = {"run.args"}
 FLAGS_OF_OTHERS = {
     "--nproc_per_node",

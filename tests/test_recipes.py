@@ -62,7 +62,7 @@ def images(tmp_path_factory):
 @pytest.fixture(scope="module")
 def read(images):
     return lambda recipe, *more: parse_args(
-        [f"@recipes/{recipe}.args", "--data-path", str(images), "--device", "cpu", *more]
+        [f"@recipes/{recipe}.args", "--data-set", "IMNET", "--data-path", str(images), "--device", "cpu", *more]
     )
 
 
@@ -141,7 +141,8 @@ def test_later_recipes_pair_the_published_blocks(read):
     assert (last_8.s_id, last_8.t_id) == (list(range(4, 12)), list(range(16, 24)))
 
 
-COST = r"Cost: about \d+ H100-hours \(estimated\), (about |at most )?[\d.]+ GB per process \((counted|twice the count)"
+COST = r"Cost: about \d+ H100-(hours|minutes) \(estimated\), (about |at most )?[\d.]+ GB per process \("
+COST += "(counted|twice the count)"
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -149,7 +150,7 @@ def test_a_recipe_explains_itself(recipe, read):
     text = (ROOT / "recipes" / f"{recipe}.args").read_text()
     assert [line for line in text.splitlines() if line.startswith("--") and not re.search(r"  # \w", line)] == []
     assert re.search(COST, text)
-    processes, size, batch = map(int, re.search(r"Global batch: (\d+) processes x (\d+) = (\d+)", text).groups())
+    processes, size, batch = map(int, re.search(r"Global batch: (\d+) process(?:es)? x (\d+) = (\d+)", text).groups())
     args, rows = read(recipe), [row for row in RESULTS if row["recipe"] == recipe]
     assert (size, batch) == (args.batch_size, processes * size)
     quoted = re.findall(r"Published top-1: ([\d.]+) \((.*?)\)", text)
@@ -195,6 +196,8 @@ def teacher_files(tmp_path_factory):
 def test_a_recipe_builds_and_trains_two_steps(recipe, read, teacher_files, capsys):
     args = read(recipe)
     more = ["--dry-run", "--batch-size", "2", "--num_workers", "0", "--model-kwargs", *narrow(args.model)]
+    if args.pretrained:
+        more += [f"pretrained_cfg_overlay={{'file':'{teacher_files[args.model]}','num_classes':2}}"]
     if args.distillation_type != "none":
         path = str(teacher_files[args.teacher_model])
         more += ["--teacher-path", path, "--teacher-kwargs", *narrow(args.teacher_model)]
