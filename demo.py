@@ -167,4 +167,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        raise SystemExit("interrupted") from None
+        raise SystemExit(130) from None
