@@ -86,6 +86,19 @@ def test_a_grating_depends_on_split_and_index_alone():
     assert len(set(pixels)) == 200
 
 
+def test_changing_a_grating_does_not_change_the_next_epoch():
+    images = Gratings("train", 10)
+    image = images[7][0]
+    before = image.copy()
+    image.paste("red", (0, 0, 32, 32))
+    assert_same_pixels(images[7][0], before)
+
+
+def test_large_gratings_are_not_kept_in_memory():
+    sizes = {10: True, 10_000: True, 10_001: False}
+    assert {length: Gratings("train", length)._computed is not None for length in sizes} == sizes
+
+
 def test_gratings_are_balanced_rgb_images():
     assert {split: len(build_dataset("GRATINGS", split, None)) for split in GRATINGS_SIZES} == GRATINGS_SIZES
     images = build_dataset("GRATINGS", "val", None, num_images=48)

@@ -22,6 +22,7 @@ PARTS |= {"baselines", "divergence", "checkpoint", "weights", "faults", "flags",
 MAY_IMPORT = {
     "main": PARTS | {"builders", "loaders", "scoring"},
     "scoring": PARTS | {"builders", "export"},
+    "demo": {"main", "analyze", "tables", "faults", "flags"},
     "verify": PARTS | {"builders", "analyses"},
     "analyze": {"builders", "plots", "analyses", *PARTS} - {"engine", "losses"},
     "builders": PARTS | {"loaders"},
