@@ -13,7 +13,7 @@ from processes import fork, strike
 
 import main
 import utils
-from flags import parse_args, to_arg_lines
+from flags import complete_args, parse_args, to_arg_lines
 from utils import UserError
 
 
@@ -56,6 +56,18 @@ def test_run_args_starts_no_run_over_and_continues_none(flags, kept, tmp_path, t
     assert lines == [kept] * bool(kept)
 
 
+# What a checkpoint tells
+
+
+def test_a_checkpoint_fills_in_what_is_not_given(tmp_path):
+    stored = {"model": "resnet18", "model_kwargs": {"channels": (8, 8, 16, 16)}, "num_classes": 9, "input_size": 64}
+    stored |= {"eval_crop_ratio": 0.9, "data_set": "CIFAR", "data_path": str(tmp_path), "lr": 1.0}
+    (tmp_path / "file").touch()
+    args = parse_args(["--resume", str(tmp_path / "file"), "--input-size", "96"])
+    found = vars(complete_args(args, stored))
+    assert {name: found[name] for name in stored} == stored | {"input_size": 96, "lr": args.lr}
+
+
 # The model card of a distilled run
 
 
@@ -66,6 +78,22 @@ def distilled(tmp_path_factory, teacher_file):
     run(*tiny_run(*distil(teacher_file), "--epochs", 2, "--output_dir", root / "run", "--no-model-ema"))
     run("--export", root / "model", "--resume", root / "run" / "checkpoint.pth", "--device", "cpu")
     return root / "run", root / "model"
+
+
+@pytest.mark.slow
+def test_the_run_of_run_args_has_the_same_weights(distilled, tmp_path):
+    run(f"@{distilled[0] / 'run.args'}", "--output_dir", tmp_path / "again")
+    first, again = (
+        torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (distilled[0], tmp_path / "again")
+    )
+    torch.testing.assert_close(again["model"], first["model"], rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_a_resumed_file_needs_no_model(distilled, tmp_path):
+    flags = ["--resume", distilled[0] / "checkpoint.pth", "--epochs", 3, "--batch-size", 16, "--warmup-epochs", 0]
+    run(*flags, "--device", "cpu", "--num_workers", 0, "--output_dir", tmp_path)
+    assert [json.loads(line)["epoch"] for line in (tmp_path / "log.txt").read_text().splitlines()] == [2]
 
 
 @pytest.mark.slow
