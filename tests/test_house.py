@@ -58,7 +58,7 @@ WITHOUT = {
 }
 # The argparse Namespace ends here; everything else takes plain values.
 WIRING = {"main", "builders", "scoring", "checkpoint"}
-READS_ARGS = WIRING | {"flags", "analyze", "verify", "tables", "runs"}  # with command lines of their own
+READS_ARGS = WIRING | {"flags", "analyze", "verify", "tables", "runs", "demo"}  # with command lines of their own
 MODULES = {path.stem: ast.parse(path.read_text()) for path in ROOT.glob("*.py")}
 DOCUMENTS = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
 # Named in the documents and still to be written.
@@ -68,7 +68,7 @@ FLAGS_OF_OTHERS = {
     "--nproc_per_node",
     "--max-restarts",
     "--shm-size",
-    "--ipc",
+    "--full", "--ipc",
     "--logdir",
     "--run",
 }  # torchrun, docker, tensorboard, recipes/sweep.py
