@@ -1,9 +1,10 @@
-"""The analyses of the two later papers: entropy over depth, and how many dimensions the last block's tokens fill.
+"""Analyses of blocks: which to pair, entropy over depth, and how many dimensions the last block's tokens fill.
 
 Legend as in spectral.py: B images, C channels, an H x W grid of N = H W patch tokens.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -13,29 +14,40 @@ from torch import Tensor
 SHARES = (0.80, 0.90, 0.95, 0.99)  # of the energy, for which dimensions are counted
 
 
-def entropy_over_depth(maps: Sequence[Tensor], bins: int = 100) -> dict[str, Tensor]:
+def entropy_over_depth(batches: Callable[[], Iterable[Sequence[Tensor]]], bins: int = 100) -> dict[str, Tensor]:
     """Entropy and magnitude of each block, arXiv 2511.06848.
 
     At each place the C values of a token are counted in equal bins; the entropy -sum p log2 p is averaged over images
     and places. The paper's bins span the values of all blocks, so a block's entropy grows with its magnitude; the
-    control gives each block bins over its own range.
+    control gives each block bins over its own range. The data is read twice, for the ranges and for the entropies in
+    them, so memory does not grow with the number of images.
 
     Args:
-        maps: one (B, C, H, W) per block, of the same images; the paper takes the first batch of 32.
+        batches: returns an iterable over batches, each time over the same images; a batch is one map (B, C, H, W) per
+            block. The paper takes the first batch of 32.
         bins: number of bins.
 
     Returns:
         float64 (blocks,) on the CPU: `entropy` and `entropy_own_range` in bits, and `magnitude`, the mean of |maps|.
+
+    Raises:
+        ValueError: there are no images.
     """
-    maps = [m.double() for m in maps]
-    ranges = torch.stack([torch.stack(torch.aminmax(m)) for m in maps])
+    limits = [torch.stack([torch.stack(torch.aminmax(m)).double() for m in maps]) for maps in batches()]
+    if not limits:
+        raise ValueError("there are no images to analyze")
+    lows, highs = torch.stack(limits).unbind(-1)  # (batches, blocks)
+    ranges = torch.stack((lows.amin(0), highs.amax(0)), dim=1)
     low, high = ranges[:, 0].min(), ranges[:, 1].max()
-    rows = {
-        "entropy": [_entropy(m, low, high, bins) for m in maps],
-        "entropy_own_range": [_entropy(m, a, b, bins) for m, (a, b) in zip(maps, ranges, strict=True)],
-        "magnitude": [m.abs().mean() for m in maps],
-    }
-    return {name: torch.stack(values).cpu() for name, values in rows.items()}
+    images, sums = 0, torch.zeros(3, len(ranges), dtype=torch.float64)
+    for maps in batches():
+        rows = [
+            torch.stack((_entropy(m, low, high, bins), _entropy(m, own[0], own[1], bins), m.abs().mean()))
+            for m, own in zip((m.double() for m in maps), ranges, strict=True)
+        ]
+        sums += len(maps[0]) * torch.stack(rows, dim=1).cpu()
+        images += len(maps[0])
+    return dict(zip(("entropy", "entropy_own_range", "magnitude"), sums / images, strict=True))
 
 
 def _entropy(maps: Tensor, low: Tensor, high: Tensor, bins: int) -> Tensor:
@@ -164,13 +176,78 @@ def _read(batches: Callable[[], Iterable[Tensor]], seed: int) -> Iterable[tuple[
         yield x, energies, energies.sqrt().unsqueeze(-1) * torch.linalg.qr(noise.to(x.device))[0].mT
 
 
-def first_of_each_class(targets: Sequence[int]) -> list[int]:
-    """Return the index of the first sample of each class: the images of the published rank table.
+def one_of_each_class(targets: Sequence[int], number: int | None = None) -> list[int]:
+    """Return the index of the first sample of each class, then of the second, and so on.
 
     Args:
         targets: class of each sample, in order of file name, as in a torchvision ImageFolder.
+        number: how many to return (all if there are fewer); None for one of each class: with ImageNet's validation set
+            the images of the published rank table.
     """
-    first: dict[int, int] = {}
+    seen: Counter[int] = Counter()
+    order = []
     for index, target in enumerate(targets):
-        first.setdefault(target, index)
-    return [first[target] for target in sorted(first)]
+        order.append((seen[target], target, index))
+        seen[target] += 1
+    return [index for *_, index in sorted(order)][: len(seen) if number is None else number]
+
+
+RANKS = {
+    "svd": "SVD of each image",
+    "svd_centered": "  centered",
+    "pca": "PCA of all images",
+    "pca_centered": "  centered",
+    "pca_rotated": "  each image rotated",
+}
+
+
+def rank_table(ranks: dict[str, Any], published: dict[str, list[int]]) -> list[str]:
+    """Return the lines of a table of `rank_analysis`, rounded as in the paper, with published integers beside them."""
+    head = "".join(f"{share:>6.0%}" for share in SHARES)
+    lines = [f"{'':<20}{head}" + ("   published" if published else "")]
+    for key, name in RANKS.items():
+        found, known = ranks[key], published.get(key)
+        beside = f"   {' '.join(map(str, known))}" if known else ""
+        lines.append(f"{name:<20}{''.join(f'{round(value):>6}' for value in found)}{beside}")
+    return lines
+
+
+def suggest_pairs(intensity: list[float], student: list[int], teacher: list[int], num_pairs: int) -> tuple[list, list]:
+    """Choose the blocks at the two ends of the teacher with the largest summed intensity, and partners for them.
+
+    If sums are equal, the most even split wins. If both models have stages, the last blocks of stages of equal
+    resolution are paired. Otherwise a deeper student uses its blocks at the same relative depth, and any other student
+    as many of its first and of its last blocks, because blocks at the same relative depth could coincide.
+
+    Args:
+        intensity: of the teacher's blocks, comparable across widths.
+        student, teacher: reduction of each block, in input pixels per token.
+        num_pairs: how many to choose.
+
+    Returns:
+        (student ids, teacher ids), ascending and without repeats.
+
+    Raises:
+        ValueError: there are fewer blocks than pairs.
+    """
+    s_from, t_from, unit = [*range(len(student))], [*range(len(teacher))], "blocks"
+    if len(set(student)) > 1 and len(set(teacher)) > 1:
+        common, unit = sorted(set(student) & set(teacher)), "stages of equal resolution"
+        s_from, t_from = ([max(i for i, r in enumerate(net) if r == c) for c in common] for net in (student, teacher))
+    for who, found in (("student", s_from), ("teacher", t_from)):
+        if num_pairs > len(found):
+            raise ValueError(f"{num_pairs} pairs: the {who} has only {len(found)} {unit}: ask for fewer")
+    depth, extra = len(t_from), len(s_from) - len(t_from)
+
+    def ends(first):
+        return [*range(first), *range(depth - (num_pairs - first), depth)]
+
+    def rank(first):
+        return math.fsum(intensity[t_from[i]] for i in ends(first)), -abs(2 * first - num_pairs)
+
+    first = max(range(num_pairs + 1), key=rank)
+    if extra > 0:
+        partners = [round(i * (len(s_from) - 1) / max(depth - 1, 1)) for i in ends(first)]
+    else:
+        partners = [i if i < first else i + extra for i in ends(first)]
+    return [s_from[i] for i in partners], [t_from[i] for i in ends(first)]

@@ -3,7 +3,11 @@
     python analyze.py --model cait_s24_224 --data-path ILSVRC2012 --output_dir Output/analysis/cait
     python analyze.py --compare teacher=cait_s24_224 student=Output/DeiT-Tiny --data-path ILSVRC2012 --output_dir ...
 
-The measures are those of section 3 of arXiv 2412.19055, next to controls. `KEYS` documents the numbers written.
+    python analyze.py --milestones Output/DeiT-Tiny --entropy --data-path ILSVRC2012 --output_dir Output/analysis/epochs
+    python analyze.py --preset mismatch --model cait_s24_224 --data-path ILSVRC2012 --output_dir ...
+
+The measures are those of section 3 of arXiv 2412.19055 and, with --entropy and --ranks, those of the authors' later
+papers (analyses.py), all next to controls. `KEYS` documents the numbers written.
 """
 
 import argparse
@@ -13,6 +17,7 @@ import itertools
 import json
 import math
 import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +27,7 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+import analyses
 import datasets
 import models
 import plots
@@ -33,20 +39,37 @@ from checkpoint import CheckpointFolder
 from faults import exit_codes, init_distributed
 from flags import DATA_SETS, INAT_CATEGORIES, KeyValues, Parser, number, stored_kwargs
 from utils import UserError, as_user_error
-from weights import extract_weights, load_checkpoint, stored_args
+from weights import extract_weights, load_checkpoint, model_config, stored_args
 
 KEYS = {
     "NAME/intensity": "(blocks,) mean over the C bins of the layer-wise spectrum; unit of the features",
     "NAME/intensity_shuffled": "(blocks,) the same after one random permutation of the channels",
     "NAME/intensity_corrected": "(blocks,) intensity x sqrt(C), for comparing widths",
     "NAME/rms": "(blocks,) root mean square of the features; intensity_corrected is at most this",
+    "NAME/entropy": "(blocks,) with --entropy: bits, of a token's C values in 100 bins over the values of all blocks",
+    "NAME/entropy_own_range": "(blocks,) with --entropy: bits, the same with bins over the block's own values",
+    "NAME/magnitude": "(blocks,) with --entropy: mean magnitude of the features",
     "NAME/shape": "(blocks, 3) channels C, height H and width W of the block's map",
     "NAME/spectrum/BLOCK": "(C,) layer-wise spectrum S; bin k is k / C cycles per channel; unit of the features",
     "NAME/radial_frequency/BLOCK": "(R,) radius of each ring of the 2-D spectrum over the grid, cycles per token",
     "NAME/radial_power/BLOCK": "(R,) mean power in that ring, squared unit of the features",
 }
 CURVES = ("intensity", "intensity_shuffled", "intensity_corrected", "rms")
+ENTROPY = ("entropy", "entropy_own_range", "magnitude")
 PROFILES = ("spectrum", "radial_frequency", "radial_power")
+# What each paper looked at: the defaults of other flags.
+PRESETS: dict[str, dict[str, Any]] = {
+    "spectralkd": {"num_images": 32, "order": "first", "eval_crop_ratio": 0.875},  # arXiv 2412.19055
+    "dynamics": {"num_images": 32, "order": "first", "eval_crop_ratio": 0.875, "entropy": True},  # arXiv 2511.06848
+    "mismatch": {"num_images": 1000, "order": "classes", "eval_crop_ratio": "own", "ranks": True},  # arXiv 2511.15572
+}
+ORDERS = {"drawn": "drawn by seed {}", "first": "the first", "classes": "the first by name of each class"}
+PUBLISHED = Path(__file__).parent / "recipes" / "published.json"
+
+
+def crop_ratio(text: str) -> float | str:
+    """Read a crop ratio, or `own`."""
+    return text if text == "own" else number(float, 0.01, 1)(text)
 
 
 def get_args_parser() -> Parser:
@@ -59,17 +82,27 @@ def get_args_parser() -> Parser:
     add("--ema", action="store_true", help="take the moving average of the weights from checkpoints")
     add("--random", action="store_true", help="random weights instead of timm's own")
     named = kwargs | {"metavar": "NAME=SOURCE"}
+    add("--milestones", metavar="FOLDER", help="run folder; compare its checkpoints kept by --save-every")
     add("--compare", **named, help="models on the same images; SOURCE: a --checkpoint, MODEL:CHECKPOINT or timm model")
     add = parser.add_argument_group("data").add_argument
     add("--data-set", choices=DATA_SETS, help="data set; default: that of the first run, or IMNET")
     add("--data-path", help="its folder, of which val/ is enough; default: that of the first run")
     add("--inat-category", choices=INAT_CATEGORIES, help="level used as the class (INAT*); default: name")
     add("--input-size", type=number(int, 1), help="side of the images in pixels; default: each model's own")
-    add("--eval-crop-ratio", type=number(float, 0.01, 1), help="center crop ratio; default: the first run's, or 0.875")
-    add("--num-images", type=number(int, 1), default=32, help="number of validation images, drawn using --seed")
-    add("--first", action="store_true", help="take the first images, as in the paper; in ImageNet all of one class")
+    ratio = (
+        "center crop ratio, or own: crop and interpolation of each model's config; default: the first run's, or 0.875"
+    )
+    add("--eval-crop-ratio", type=crop_ratio, help=ratio)
+    add("--num-images", type=number(int, 1), help="number of validation images; default: 32, with --ranks 1,000")
+    order = {"dest": "order", "action": "store_const"}
+    add("--first", **order, const="first", help="take the first images, in ImageNet all of one class, not drawn ones")
+    add("--per-class", **order, const="classes", help="take the first image of each class, then the second, and so on")
     add("--batch-size", type=number(int, 1), default=64, help="images per batch")
     add("--num_workers", "--num-workers", type=number(int, 0), default=10, help="loader processes")
+    add = parser.add_argument_group("analyses").add_argument
+    add("--preset", choices=PRESETS, help="images, transform and analysis of a paper; other flags on top of it win")
+    add("--entropy", action="store_true", help="add entropy and magnitude over depth")
+    add("--ranks", action="store_true", help="count the dimensions that the last block fills; implies --per-class")
     add = parser.add_argument_group("pairs of blocks").add_argument
     add("--suggest", type=number(int, 1), metavar="N", help="print N pairs (--s-id, --t-id); the first model teaches")
     add("--student", help="timm model to suggest pairs for")
@@ -83,19 +116,25 @@ def get_args_parser() -> Parser:
     return parser
 
 
-def check_args(args: argparse.Namespace) -> None:
-    """Check flags against each other before any data or model is touched."""
-    if not (args.model or args.checkpoint or args.compare):
-        raise UserError("nothing to analyze: give --model, --checkpoint or --compare NAME=SOURCE")
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the flags, checked against each other before any data or model is touched."""
+    parser = get_args_parser()
+    parser.set_defaults(**PRESETS.get(parser.parse_args(argv).preset, {}))
+    args = parser.parse_args(argv)
+    if not (args.model or args.checkpoint or args.compare or args.milestones):
+        raise UserError("nothing to analyze: give --model, --checkpoint, --milestones or --compare NAME=SOURCE")
     if args.checkpoint and (args.compare or args.random):
         raise UserError("--checkpoint cannot be combined with --compare or --random: use --compare NAME=CHECKPOINT")
+    if args.milestones and (args.checkpoint or args.compare or args.random or args.suggest):
+        raise UserError("--milestones cannot be combined with --checkpoint, --compare, --random or --suggest")
     if (args.suggest is None) != (args.student is None):
         raise UserError("--suggest N and --student MODEL need each other: give both")
+    return args
 
 
 @dataclasses.dataclass
 class Subject:
-    """A model to analyze. `analyze` adds to each block its shape and the results of its `SpectralProfile`."""
+    """A model to analyze. `analyze` adds the measurements of each block and of the last one, and drops the network."""
 
     name: str
     model: str
@@ -104,10 +143,24 @@ class Subject:
     blocks: list[dict]
     network: torch.nn.Module
     run: dict = dataclasses.field(default_factory=dict)  # flags of the training run that the weights come from
+    ranks: dict = dataclasses.field(default_factory=dict)  # of `analyses.rank_analysis`, and the published ones
 
     def curve(self, key: str) -> np.ndarray:
         """Return one number per block."""
         return np.array([float(block[key]) for block in self.blocks])
+
+
+def sources_of(args: argparse.Namespace) -> list[tuple[str | None, str]]:
+    """Return a name and a source for each model to analyze."""
+    if args.milestones:
+        files = sorted(Path(args.milestones).glob("checkpoint_[0-9][0-9][0-9][0-9].pth"))
+        if not files:
+            raise UserError(
+                f"--milestones {args.milestones} has no checkpoint_0009.pth or the like: train with --save-every"
+            )
+        return [(f"epoch {int(file.stem[-4:]) + 1}", str(file)) for file in files]
+    one = f"{args.model}:{args.checkpoint or ''}" if args.model else args.checkpoint
+    return [(name, str(source)) for name, source in args.compare.items()] or [(None, one)]
 
 
 def read_subject(name: str | None, source: str, args: argparse.Namespace) -> Subject:
@@ -146,13 +199,14 @@ def read_subject(name: str | None, source: str, args: argparse.Namespace) -> Sub
 
 
 def build_data(args: argparse.Namespace, subjects: list[Subject]) -> tuple[torch.utils.data.Dataset, dict]:
-    """Return the validation set, without a transform, and {"data_set", "crop_ratio", "images": indices}.
+    """Return the validation set, without a transform, and {"data_set", "crop_ratio", "order", "images": indices}.
 
-    The first training run among the subjects provides what the flags leave open.
+    The first training run among the subjects provides what the flags leave open. The crop ratio is
+    "own" for each model's own transform.
     """
     run = next((subject.run for subject in subjects if subject.run.get("data_set")), {})
     name = args.data_set or run.get("data_set", "IMNET")
-    crop_ratio = args.eval_crop_ratio or run.get("eval_crop_ratio", 0.875)
+    crop = args.eval_crop_ratio or run.get("eval_crop_ratio", 0.875)
     run = run if name == run.get("data_set") else {}
     path = args.data_path or run.get("data_path")
     if name != "GRATINGS" and not path:
@@ -161,37 +215,75 @@ def build_data(args: argparse.Namespace, subjects: list[Subject]) -> tuple[torch
     _, size = run.get("gratings_sizes") or (None, None)
     with as_user_error("", ValueError, OSError, RuntimeError):
         dataset = datasets.build_dataset(name, "val", path, inat_category=category, num_images=size)
-    drawn = samplers.random_subset(len(dataset), args.num_images, args.seed)
-    images = list(range(len(drawn))) if args.first else drawn
-    return dataset, {"data_set": name, "crop_ratio": crop_ratio, "images": images}
+    order = args.order or ("classes" if args.ranks else "drawn")
+    number = min(args.num_images or (1000 if args.ranks else 32), len(dataset))
+    if order == "classes":
+        images = analyses.one_of_each_class(datasets.labels(dataset), number)
+    else:
+        images = list(range(number)) if order == "first" else samplers.random_subset(len(dataset), number, args.seed)
+    return dataset, {"data_set": name, "crop_ratio": crop, "order": order, "images": images}
+
+
+def map_reader(subject: Subject, dataset, data: dict, device, args) -> Callable[[], Iterator[list[torch.Tensor]]]:
+    """Return a function that runs a model over the images and yields the maps of all its blocks batch by batch."""
+    with as_user_error(f"{subject.name}: ", ValueError):
+        hooks = spectral.FeatureHooks(subject.network.to(device), range(len(subject.blocks)))
+    if data["crop_ratio"] == "own":
+        dataset.transform = datasets.own_eval_transform(subject.network, subject.input_size)
+    else:
+        dataset.transform = datasets.eval_transform(subject.input_size, data["crop_ratio"])
+    mean, std = models.normalization(subject.network)
+    prepare = datasets.Prepare(mean, std, device=device)
+    workers = min(args.num_workers, math.ceil(len(data["images"]) / args.batch_size))
+    pin = device.type == "cuda"
+    loader = datasets.build_loader(dataset, data["images"], args.batch_size, workers, drop_last=False, pin_memory=pin)
+
+    def batches():
+        with as_user_error("", datasets.BadImageError):
+            for images, _ in tqdm(loader, desc=subject.name, unit="batch", disable=None):
+                with forward_errors(subject.name, subject.input_size):
+                    subject.network(prepare(images.to(device)))
+                    maps = hooks.pop()
+                yield maps
+
+    return batches
 
 
 @torch.no_grad()
 def analyze(subject: Subject, dataset, data: dict, device: torch.device, args: argparse.Namespace) -> None:
-    """Run one model over the images and add the results to its blocks. Memory does not grow with the images."""
-    with as_user_error(f"{subject.name}: ", ValueError):
-        hooks = spectral.FeatureHooks(subject.network.to(device), range(len(subject.blocks)))
-    dataset.transform = datasets.eval_transform(subject.input_size, data["crop_ratio"])
-    mean, std = models.normalization(subject.network)
-    prepare = datasets.Prepare(mean, std, device=device)
+    """Run one model over the images and add its measurements. Memory does not grow with the images."""
+    batches = map_reader(subject, dataset, data, device, args)
     profiles = [spectral.SpectralProfile(args.seed) for _ in subject.blocks]
-    workers = min(args.num_workers, math.ceil(len(data["images"]) / args.batch_size))
-    pin = device.type == "cuda"
-    loader = datasets.build_loader(dataset, data["images"], args.batch_size, workers, drop_last=False, pin_memory=pin)
-    with as_user_error("", datasets.BadImageError):
-        for images, _ in tqdm(loader, desc=subject.name, unit="batch", disable=None):
-            with forward_errors(subject.name, subject.input_size):
-                subject.network(prepare(images.to(device)))
-                maps = hooks.pop()
-            for profile, block_maps in zip(profiles, maps, strict=True):
-                profile.add(block_maps)
-    subject.network.cpu()
+    for maps in batches():
+        for profile, block_maps in zip(profiles, maps, strict=True):
+            profile.add(block_maps)
     subject.blocks = [
         {"module": block["module"], "reduction": block["reduction"], "shape": profile.shape, **profile.result()}
         for block, profile in zip(subject.blocks, profiles, strict=True)
     ]
     if not np.isfinite(subject.curve("rms")).all():
         raise UserError(f"{subject.name}: its features are not finite: use other weights")
+    if args.entropy:
+        for key, curve in analyses.entropy_over_depth(batches).items():
+            for block, value in zip(subject.blocks, curve, strict=True):
+                block[key] = value
+    if args.ranks:
+        found = analyses.rank_analysis(lambda: (maps[-1] for maps in batches()), args.seed)
+        subject.ranks = found | {"published": published_ranks(subject) if data["data_set"] == "IMNET" else {}}
+    subject.network = None  # milestones may be many
+
+
+def published_ranks(subject: Subject) -> dict[str, list[int]]:
+    """Return the published ranks on ImageNet of a model, {"svd": [...], "pca": [...]}, or {} if there are none."""
+
+    def identity(config):
+        return config.get("architecture"), config.get("tag")
+
+    own = identity(model_config(subject.network))
+    for name, ranks in json.loads(PUBLISHED.read_text(encoding="utf-8"))["ranks"].items():
+        if identity(models.pretrained_config(name)) == own and subject.weights != "random":
+            return ranks
+    return {}
 
 
 def log_curves(subject: Subject) -> None:
@@ -204,49 +296,27 @@ def log_curves(subject: Subject) -> None:
         utils.log(f"{i:>5}  {block['module']:<16}{' x '.join(map(str, block['shape'])):>15}{curves}")
 
 
-def suggest_pairs(intensity: list[float], student: list[int], teacher: list[int], num_pairs: int) -> tuple[list, list]:
-    """Choose the blocks at the two ends of the teacher with the largest summed intensity, and partners for them.
+def log_ranks(subject: Subject) -> None:
+    """Print the dimensions of the last block, with the published ones beside them."""
+    images, cap, width = (subject.ranks[key] for key in ("images", "cap", "width"))
+    utils.log(f"\n{subject.name}: dimensions that hold a share of the energy of the last block's tokens")
+    utils.log(f"99th percentile over {images} images; SVD counts at most {cap}, PCA at most {width}")
+    utils.log("\n".join(analyses.rank_table(subject.ranks, subject.ranks["published"])))
 
-    If sums are equal, the most even split wins. If both models have stages, the last blocks of stages of equal
-    resolution are paired. Otherwise a deeper student uses its blocks at the same relative depth, and any other student
-    as many of its first and of its last blocks, because blocks at the same relative depth could coincide.
 
-    Args:
-        intensity: of the teacher's blocks, comparable across widths.
-        student, teacher: reduction of each block, in input pixels per token.
-        num_pairs: how many to choose; a UserError if there are fewer blocks.
-
-    Returns:
-        (student ids, teacher ids), ascending and without repeats.
-    """
-    s_from, t_from, unit = [*range(len(student))], [*range(len(teacher))], "blocks"
-    if len(set(student)) > 1 and len(set(teacher)) > 1:
-        common, unit = sorted(set(student) & set(teacher)), "stages of equal resolution"
-        s_from, t_from = ([max(i for i, r in enumerate(net) if r == c) for c in common] for net in (student, teacher))
-    for who, found in (("student", s_from), ("teacher", t_from)):
-        if num_pairs > len(found):
-            raise UserError(f"--suggest {num_pairs}: the {who} has only {len(found)} {unit}: ask for fewer")
-    depth, extra = len(t_from), len(s_from) - len(t_from)
-
-    def ends(first):
-        return [*range(first), *range(depth - (num_pairs - first), depth)]
-
-    def rank(first):
-        return math.fsum(intensity[t_from[i]] for i in ends(first)), -abs(2 * first - num_pairs)
-
-    first = max(range(num_pairs + 1), key=rank)
-    if extra > 0:
-        partners = [round(i * (len(s_from) - 1) / max(depth - 1, 1)) for i in ends(first)]
-    else:
-        partners = [i if i < first else i + extra for i in ends(first)]
-    return [s_from[i] for i in partners], [t_from[i] for i in ends(first)]
+def log_milestones(subjects: list[Subject]) -> None:
+    """Print the intensity of each block, one line per epoch."""
+    utils.log(f"\nintensity of blocks 0 to {len(subjects[0].blocks) - 1}")
+    for subject in subjects:
+        utils.log(f"{subject.name:<11}{''.join(f'{value:>8.3g}' for value in subject.curve('intensity'))}")
 
 
 def suggest(args: argparse.Namespace, student_blocks: list[dict], teacher: Subject) -> dict:
     """Choose the pairs, and print them with the curve they are based on."""
     intensity = teacher.curve("intensity_corrected").tolist()
     student, taught = ([block["reduction"] for block in blocks] for blocks in (student_blocks, teacher.blocks))
-    s_id, t_id = suggest_pairs(intensity, student, taught, args.suggest)
+    with as_user_error("--suggest: ", ValueError):
+        s_id, t_id = analyses.suggest_pairs(intensity, student, taught, args.suggest)
     utils.log(f"\n{args.student} taught by {teacher.name}: intensity x sqrt(C) of the teacher's blocks, and the pairs")
     for i, value in enumerate(intensity):
         partner = f"<- student {s_id[t_id.index(i)]}" if i in t_id else ""
@@ -257,20 +327,30 @@ def suggest(args: argparse.Namespace, student_blocks: list[dict], teacher: Subje
     return {"student": args.student, "teacher": teacher.name, "s_id": s_id, "t_id": t_id}
 
 
+def curves_of(subject: Subject) -> tuple[str, ...]:
+    """Return the measurements of a subject that are one number per block."""
+    return CURVES + tuple(key for key in ENTROPY if key in subject.blocks[0])
+
+
 def write_numbers(folder: Path, subjects: list[Subject], about: dict) -> None:
-    """Write spectra.npz (see KEYS), and spectra.json with `about`, the models and one number per block."""
+    """Write spectra.npz (see KEYS), spectra.json with `about`, the models and one number per block, and ranks.json."""
     arrays: dict[str, Any] = {}
     plain: list[dict[str, Any]] = []
     for subject in subjects:
         arrays[f"{subject.name}/shape"] = np.array([block["shape"] for block in subject.blocks])
-        arrays |= {f"{subject.name}/{key}": subject.curve(key) for key in CURVES}
+        arrays |= {f"{subject.name}/{key}": subject.curve(key) for key in curves_of(subject)}
         for i, block in enumerate(subject.blocks):
             arrays |= {f"{subject.name}/{key}/{i}": block[key].numpy() for key in PROFILES}
         plain.append({key: getattr(subject, key) for key in ("name", "model", "weights", "input_size")})
         plain[-1]["blocks"] = [{k: v for k, v in block.items() if k not in PROFILES} for block in subject.blocks]
-    text = json.dumps({**about, "models": plain, "keys_of_spectra_npz": KEYS}, indent=1, default=torch.Tensor.tolist)
+    documents = {"spectra": {**about, "models": plain, "keys_of_spectra_npz": KEYS}}
+    if subjects[0].ranks:
+        percentiles = {subject.name: {"model": subject.model, **subject.ranks} for subject in subjects}
+        documents["ranks"] = {**about, "shares": analyses.SHARES, "percentile": 99, "models": percentiles}
     utils.write_atomically(folder / "spectra.npz", lambda file: np.savez_compressed(file, **arrays))
-    utils.write_atomically(folder / "spectra.json", lambda file: file.write(text.encode()))
+    for name, document in documents.items():
+        text = json.dumps(document, indent=1, default=torch.Tensor.tolist)
+        utils.write_atomically(folder / f"{name}.json", lambda file, text=text: file.write(text.encode()))
 
 
 def write_tensorboard(folder: Path, subjects: list[Subject], figures: dict[str, Figure]) -> None:
@@ -280,7 +360,7 @@ def write_tensorboard(folder: Path, subjects: list[Subject], figures: dict[str, 
     shutil.rmtree(folder, ignore_errors=True)  # charts of an earlier analysis would mix with these
     for subject in subjects:
         with SummaryWriter(str(folder / subject.name)) as writer:
-            for key in CURVES:
+            for key in curves_of(subject):
                 for i, value in enumerate(subject.curve(key)):
                     writer.add_scalar(f"block/{key}", value, i)
     with SummaryWriter(str(folder)) as writer:
@@ -292,10 +372,9 @@ def main(args: argparse.Namespace) -> None:
     device = init_distributed(args.device)
     if args.import_module:
         models.import_models(args.import_module)
-    sources = args.compare.items() or [
-        (None, f"{args.model}:{args.checkpoint or ''}" if args.model else args.checkpoint)
-    ]
-    subjects = [read_subject(name, str(source), args) for name, source in sources]
+    read = (read_subject(name, source, args) for name, source in sources_of(args))
+    # All models are checked before the first is run, except milestones, of which one at a time is in memory.
+    subjects = list(itertools.islice(read, 1 if args.milestones else None))
     if args.suggest:
         student = models.build_model(args.student, None, input_size=None, kwargs=args.student_kwargs)
         with as_user_error("--student: ", ValueError):
@@ -304,27 +383,33 @@ def main(args: argparse.Namespace) -> None:
     folder = Path(args.output_dir)
     with as_user_error(f"--output_dir {folder} cannot be written: ", OSError):
         folder.mkdir(parents=True, exist_ok=True)
-    which = "the first" if args.first else f"drawn by seed {args.seed}"
+    which = ORDERS[data["order"]].format(args.seed)
     utils.log(f"{len(data['images'])} validation images of {data['data_set']}, {which}")
     for subject in subjects:
         analyze(subject, dataset, data, device, args)
-    for subject in subjects:
-        log_curves(subject)
+        subjects += itertools.islice(read, 1)  # the next milestone
+    if args.milestones:
+        log_milestones(subjects)
+    else:
+        for subject in subjects:
+            log_curves(subject)
+    if args.ranks:
+        for subject in subjects:
+            log_ranks(subject)
     pairs = suggest(args, student_blocks, subjects[0]) if args.suggest else None
     if not args.output_dir:
         return
     with as_user_error(f"--output_dir {folder}: ", OSError), matplotlib.rc_context(plots.STYLE):
         write_numbers(folder, subjects, {**data, "seed": args.seed, "suggestion": pairs})
-        figures = plots.draw(subjects, pairs)
+        figures = plots.draw_milestones(subjects) if args.milestones else plots.draw(subjects, pairs)
         for name, kind in itertools.product(figures, ("png", "pdf")[: 1 + args.pdf]):
             save = functools.partial(figures[name].savefig, format=kind, dpi=200)
             utils.write_atomically(folder / f"{name}.{kind}", save)
         write_tensorboard(folder / "tensorboard", subjects, figures)
-    utils.log(f"wrote spectra.npz, spectra.json, {', '.join(f'{name}.png' for name in figures)} to {folder}")
+    files = ["spectra.npz", "spectra.json", *["ranks.json"] * args.ranks, *(f"{name}.png" for name in figures)]
+    utils.log(f"wrote {', '.join(files)} to {folder}")
 
 
 if __name__ == "__main__":
     with exit_codes():
-        arguments = get_args_parser().parse_args()
-        check_args(arguments)
-        main(arguments)
+        main(parse_args())

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_transform
+from timm.data import create_transform, resolve_model_data_config
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import MaybePILToTensor, str_to_interp_mode
 from torch import Tensor, nn
@@ -80,6 +80,13 @@ def build_dataset(
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} does not exist: --data-path needs train/ and val/ with one folder per class")
     return ClassFolders(folder, transform)
+
+
+def labels(dataset: Any) -> list[int]:
+    """Return the class of each sample of a data set built by `build_dataset`, without reading its images."""
+    if isinstance(dataset, Gratings):
+        return [index % len(dataset.classes) for index in range(len(dataset))]
+    return dataset.targets if isinstance(dataset, CIFAR100) else [label for _, label in dataset.samples]
 
 
 def match_classes(found: Sequence[str], known: Sequence[str]) -> list[int]:
@@ -297,6 +304,17 @@ def eval_transform(input_size: int, crop_ratio: float = 0.875, interpolation: st
     size = int(input_size / crop_ratio) if input_size > SMALL_IMAGE else input_size
     resize = BoundedResize(size, str_to_interp_mode(interpolation), center=True)
     return transforms.Compose([resize, transforms.CenterCrop(input_size), MaybePILToTensor()])
+
+
+def own_eval_transform(model: nn.Module, input_size: int | None = None) -> transforms.Compose:
+    """Build the evaluation transform that a timm model's config describes: its crop ratio and interpolation.
+
+    Args:
+        model: a timm model.
+        input_size: Side of the images in pixels; None for the one of the config.
+    """
+    config = resolve_model_data_config(model)
+    return eval_transform(input_size or config["input_size"][-1], config["crop_pct"], config["interpolation"])
 
 
 class BoundedResize(transforms.Resize):

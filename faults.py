@@ -49,7 +49,7 @@ def exit_codes(*user_errors: type[Exception]) -> Iterator[None]:
     except (UserError, *user_errors) as error:
         finish(2, "failed", error)
     except torch.cuda.OutOfMemoryError as error:
-        finish(2, "failed", UserError(f"{one_line(error)} Lower --batch-size and raise --accum-steps to match"))
+        finish(2, "failed", UserError(f"{one_line(error)} Lower --batch-size"))
     except Exception as error:
         if lost_worker(error):
             advice = "use fewer --num_workers, more memory, or a longer --loader-timeout"

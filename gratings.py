@@ -9,6 +9,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 GRATINGS_SIZES = {"train": 6000, "val": 3000}
+MAX_KEPT = 10_000 * 32**2  # up to this many pixels per data set (30 MB) are computed once and kept
 _COSINE = np.array([round(256 * math.cos(2 * math.pi * k / 1024)) for k in range(1024)])
 
 
@@ -39,13 +40,18 @@ class Gratings(Dataset):
         degrees = [180 * o // self.ORIENTATIONS for o in range(self.ORIENTATIONS)]
         self.classes = [f"orientation {o}, frequency {f:g}" for o in degrees for f in self.FREQUENCIES]
         self._y, self._x = np.mgrid[:image_size, :image_size]
+        self._computed: dict[int, np.ndarray] | None = {} if num_images * image_size**2 <= MAX_KEPT else None
 
     def __len__(self) -> int:
         return self.num_images
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         label = index % len(self.classes)
-        image = Image.fromarray(self.pixels(index, label))
+        if self._computed is None:
+            pixels = self.pixels(index, label)
+        elif (pixels := self._computed.get(index)) is None:
+            pixels = self._computed[index] = self.pixels(index, label)
+        image = Image.fromarray(pixels)  # a copy
         return (self.transform(image) if self.transform else image), label
 
     def pixels(self, index: int, label: int) -> np.ndarray:

@@ -153,7 +153,7 @@ def main(args: Flags) -> dict | None:
                 train(loader_train, should_stop=should_stop)
             seconds = time.perf_counter() - began
             if state.step > start_step:
-                if state.trained and world_size() > 1:  # not in mid-epoch, where a run without a stop would not
+                if world_size() > 1:
                     for network in (model, ema.module) if args.eval_ema else (model,):
                         distribute_bn(network, world_size())
                 saved = save()  # before validation, which may fail

@@ -24,6 +24,11 @@ RMS: Any = {"label": r"$\sqrt{\pi}/2\ \times$ RMS", "color": "black", "ls": ":",
 PAGE_WIDTH = 7  # inches
 CHANNEL_FREQUENCY = "frequency along channels (cycles per channel)"
 CORRECTED = r"intensity $\times\ \sqrt{C}$"
+ENTROPY = {
+    "entropy": "entropy (bits), one range for all blocks",
+    "entropy_own_range": "entropy (bits), range of each block",
+    "magnitude": "mean magnitude of the features",
+}
 WIDE_SPREAD = 30  # levels that differ by more are drawn on a logarithmic axis
 
 
@@ -33,7 +38,18 @@ def draw(subjects: list, pairs: dict | None = None) -> dict[str, Figure]:
     figures["spectrum"] = draw_lines(subjects, half_spectrum, CHANNEL_FREQUENCY, "spectrum $S$")
     figures["heatmap"] = draw_heatmap(subjects)
     figures["radial"] = draw_lines(subjects, radial_power, "frequency over the grid (cycles per token)", "power")
+    if "entropy" in subjects[0].blocks[0]:
+        figures["entropy"] = draw_over_depth(subjects, ENTROPY)
     return figures | ({"suggestion": draw_suggestion(subjects[0], pairs)} if pairs else {})
+
+
+def draw_milestones(subjects: list) -> dict[str, Figure]:
+    """Return the figure of one training run; each subject is named after its epoch, as in "epoch 100"."""
+    curves = {"intensity": "intensity", "rms": "RMS of the features"}
+    if "entropy" in subjects[0].blocks[0]:
+        curves |= {key: title for key, title in ENTROPY.items() if key != "magnitude"}
+    epochs = [int(subject.name.rpartition(" ")[2]) for subject in subjects]
+    return {"milestones": draw_over_depth(subjects, curves, epochs)}
 
 
 def half_spectrum(block: dict) -> tuple[np.ndarray, np.ndarray]:
@@ -66,17 +82,49 @@ def draw_intensity(subjects: list) -> Figure:
         rms = right.plot(x, subject.curve("rms") * math.sqrt(math.pi) / 2, **RMS)
     for axis, ylabel in ((left, "intensity"), (right, CORRECTED)):
         axis.set(xlabel=label, ylabel=ylabel)
-        levels = np.concatenate([line.get_ydata() for line in axis.lines])
-        if levels.max() > WIDE_SPREAD * levels.min() > 0:
-            axis.set_yscale("log")
-        else:
-            axis.set_ylim(0, 1.05 * levels.max())
-        if label == "block":
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        finish_depth(axis, label)
     handles += shuffled + rms
     columns = math.ceil(len(handles) / math.ceil(len(handles) / 5))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns)
     return figure
+
+
+def draw_over_depth(subjects: list, curves: dict[str, str], epochs: list[int] | None = None) -> Figure:
+    """Draw one panel per curve, {key: title}: one color per model, or colored by epoch if the epochs are given."""
+    place, label = depth_axis(subjects)
+    rows = math.ceil(len(curves) / 3)
+    columns = math.ceil(len(curves) / rows)
+    figure = Figure(figsize=(PAGE_WIDTH, 0.5 + 2.1 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+    styles: list[dict] = [{"color": COLORS[i % 7], "marker": MARKERS[i % 6]} for i in range(len(subjects))]
+    if epochs:
+        scale = cm.ScalarMappable(colors.Normalize(epochs[0], epochs[-1]), DEPTH_COLORS)
+        styles = [{"color": scale.to_rgba(epoch), "marker": "."} for epoch in epochs]
+        figure.colorbar(scale, ax=axes, label="epoch", ticks=MaxNLocator(integer=True))
+    for axis, (key, title) in zip(axes, curves.items(), strict=True):
+        for subject, style in zip(subjects, styles, strict=True):
+            axis.plot(place(subject), subject.curve(key), label=subject.name, **style)
+        axis.set(title=title, xlabel=label)
+        finish_depth(axis, label, scale=not key.startswith("entropy"))
+    entropies = [axis for axis, key in zip(axes, curves, strict=True) if key.startswith("entropy")]
+    for axis in entropies[1:]:
+        axis.sharey(entropies[0])
+        axis.autoscale_view()
+    if not epochs:
+        handles = axes[0].lines
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5))
+    return figure
+
+
+def finish_depth(axis, label: str, scale: bool = True) -> None:
+    """Scale an axis of curves over depth from zero, or logarithmically if they differ much; mark whole blocks."""
+    levels = np.concatenate([line.get_ydata() for line in axis.lines])
+    if scale and levels.max() > WIDE_SPREAD * levels.min() > 0:
+        axis.set_yscale("log")
+    elif scale:
+        axis.set_ylim(0, 1.05 * levels.max() or 1)
+    if label == "block":
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def draw_lines(subjects: list, line, xlabel: str, ylabel: str) -> Figure:

@@ -21,7 +21,7 @@ DEFAULTS = vars(flags.get_args_parser().parse_args([]))
 NEUTRAL = {
     *("output_dir", "resume", "start_epoch", "overwrite", "save_every", "eval", "eval_ema", "export", "dry_run"),
     *("dist_eval", "dist_url", "dist_timeout", "device", "num_workers", "pin_mem", "loader_timeout", "compile", "seed"),
-    *("spectral_impl", "skip_bad_images", "model_ema_force_cpu", "patience_epochs"),
+    *("spectral_impl", "skip_bad_images", "model_ema_force_cpu", "patience_epochs", "deterministic"),
     *("world_size", "batch_size", "accum_steps"),  # only their product matters
     "spectra_every",  # of version 0.1
 }

@@ -27,7 +27,8 @@ def method(run: Run) -> tuple[int, str]:
     name = kind = known["distillation_type"].replace("soft", "soft KD")
     if count := len(known.get("s_id", [])):
         name = f"{kind} + {known['feature_loss']}"
-        name = f"{NAMES.get(name, name)} ({count} pair{'s' * (count > 1)})"
+        pairs = "all blocks" if known["s_id"] == ["all"] else f"{count} pair{'s' * (count > 1)}"
+        name = f"{NAMES.get(name, name)} ({pairs})"
     return 2 * KINDS.index(kind) + (count > 0), name
 
 
@@ -227,8 +228,7 @@ def varied_flags(text: str) -> list[str]:
     return names
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Return the exit code: 2 if no argument could be read or the plot could not be written."""
+def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("paths", nargs="*", help="folders of runs, folders that contain them, or log files")
     form = parser.add_mutually_exclusive_group()
@@ -239,7 +239,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--vary", type=varied_flags, default=[], metavar="FLAG,...", help=help_text)
     help_text = "also draw the training curves, or with --vary the best top-1 over the first flag"
     parser.add_argument("--plot", metavar="FILE.png", help=help_text)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Return the exit code: 2 if no argument could be read or the plot could not be written."""
+    args = get_args_parser().parse_args(argv)
     runs = read_runs(args.paths)
     if not runs and (args.paths or not args.published):
         warn("error: none of the arguments is the folder or the log of a run: give folders that contain log.txt")

@@ -16,16 +16,15 @@ from typing import NamedTuple
 
 import timm
 import torch
-from timm.data import resolve_model_data_config
 from torch import nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import builders
 import datasets
 import flags
 import models
-from analyses import SHARES, first_of_each_class, rank_analysis
+from analyses import SHARES, one_of_each_class, rank_analysis
 from engine import evaluate
 from spectral import FeatureHooks, describe_blocks
 from utils import UserError, as_user_error, error_line
@@ -64,7 +63,7 @@ class Images:
     def __init__(self, args: argparse.Namespace, num_classes: int):
         self.args, self.device = args, torch.device(args.device)
         with as_user_error("", ValueError, OSError, RuntimeError):
-            found = len(datasets.build_dataset("IMNET", "val", args.data_path).classes)
+            found = len(set(datasets.labels(datasets.build_dataset("IMNET", "val", args.data_path))))
         if found != num_classes:
             raise UserError(f"{args.data_path}/val has {found} classes, {num_classes} expected: give ImageNet-1K")
 
@@ -74,13 +73,10 @@ class Images:
         Args:
             first_only: take the first image of each class instead of all.
         """
-        config = resolve_model_data_config(model)
-        transform = datasets.eval_transform(config["input_size"][-1], config["crop_pct"], config["interpolation"])
-        dataset = datasets.build_dataset("IMNET", "val", self.args.data_path, transform)
-        if first_only:
-            dataset = Subset(dataset, first_of_each_class(dataset.targets))
-        loader = datasets.build_loader(dataset, None, self.args.batch_size, self.args.num_workers, drop_last=False)
-        return loader, datasets.Prepare(config["mean"], config["std"], device=self.device).eval()
+        dataset = datasets.build_dataset("IMNET", "val", self.args.data_path, datasets.own_eval_transform(model))
+        images = one_of_each_class(datasets.labels(dataset)) if first_only else None
+        loader = datasets.build_loader(dataset, images, self.args.batch_size, self.args.num_workers, drop_last=False)
+        return loader, datasets.Prepare(*models.normalization(model), device=self.device).eval()
 
 
 def build(name: str, folder: str, num_classes: int, kwargs: dict, device: torch.device) -> nn.Module:
@@ -138,7 +134,7 @@ def check_ranks(model: nn.Module, images: Images, name: str, published: dict[str
 def scheduled_rates(epochs: int, batch: int) -> list[float]:
     """Return the learning rate of each epoch under the default flags, as main.py sets it."""
     settings = ["--data-set", "GRATINGS", "--epochs", str(epochs), "--batch-size", str(batch), "--device", "cpu"]
-    optimizer, scheduler, _ = builders.build_optimizer(flags.parse_args(settings), nn.Linear(1, 1))
+    optimizer, scheduler, _ = builders.build_optimizer(flags.parse_args(settings), nn.Linear(1, 1), nn.Module())
     rates = []
     for epoch in range(epochs):
         rates.append(optimizer.param_groups[0]["lr"])

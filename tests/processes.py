@@ -148,21 +148,23 @@ def errors(runs):
     return [line for line in lines if re.match(r"(\[rank \d+\] )?error: ", line)]
 
 
-def strike(number, *, step, training=True, rank=None, kind="VisionTransformer"):
+def strike(number, *, step, training=True, rank=None):
     """Return statements for `fork`'s `before`: the process sends itself a signal in a forward of the student.
 
     Args:
-        step: the forward, counted from 0 over all training (or evaluation) batches that this process gets.
-        training: count training batches; otherwise those of evaluation, after one for the check of the input size.
+        step: the forward, counted from 0 over all training (or validation) batches that this process gets.
+        training: count training batches; otherwise those of validation, after the first training batch.
         rank: only on this one, or None for all.
-        kind: class of the student.
     """
     return f"""
 import os, torch
-seen = 0
+seen, trained = 0, False
 def count(module, args):
-    global seen
-    if type(module).__name__ == {kind!r} and module.training == {training}:
+    global seen, trained
+    if type(module).__name__ != "VisionTransformer":
+        return
+    trained |= module.training
+    if trained and module.training == {training}:
         if seen == {step}:
             os.kill(os.getpid(), {int(number)})
         seen += 1

@@ -1,9 +1,8 @@
-"""analyze.py: the measures against numpy, the choice of pairs, the command, its files and figures."""
+"""analyze.py: what it reads, its numbers against models run by hand, its files and figures."""
 
-import argparse
 import itertools
 import json
-import math
+import re
 import subprocess
 import sys
 
@@ -16,49 +15,31 @@ from PIL import Image
 from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import analyses
 import analyze
 import datasets
 import flags
 import plots
-import samplers
 import spectral
 from utils import UserError
 
-SHAPES = [(2, 6, 4, 4), (1, 7, 3, 5), (3, 1, 2, 2), (2, 8, 1, 1), (1, 5, 4, 2)]
 NAME = "deit_tiny_patch16_224"
 GRATINGS = ("--data-set", "GRATINGS", "--num-images", 6)
 DEIT = ("--model", NAME, "--model-kwargs", *STUDENT, "--random", "--input-size", 32)
 
 
-def maps_of(shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def result_of(*batches, seed=0):
-    profile = spectral.SpectralProfile(seed)
-    for maps in batches:
-        profile.add(maps)
-    return profile.result()
-
-
-def assert_close(found, expected, rtol=1e-12, atol=0.0):
-    torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
-
-
 def tiny(name=NAME, kwargs=STUDENT, **more):
     torch.manual_seed(0)
-    return timm.create_model(name, **{k: int(v) for k, v in (pair.split("=") for pair in kwargs)}, **more)
+    return timm.create_model(name, **flags.key_values(kwargs), **more)
 
 
 def parse(*argv):
-    return analyze.get_args_parser().parse_args(["--device", "cpu", "--num_workers", "0", *map(str, argv)])
+    return analyze.parse_args(["--device", "cpu", "--num_workers", "0", *map(str, argv)])
 
 
 def run(*argv):
     """Run the command in this process; a flag in `argv` wins."""
-    args = parse(*argv)
-    analyze.check_args(args)
-    analyze.main(args)
+    analyze.main(parse(*argv))
 
 
 def numbers(folder):
@@ -66,174 +47,22 @@ def numbers(folder):
         return dict(file)
 
 
-def tokens_intensity(model, images):
-    """Return the intensity of each block's patch tokens, from the blocks called one by one and numpy's transform."""
-    tokens, result = model.pos_drop(model._pos_embed(model.patch_embed(images))), []
+def tokens_by_hand(model, images, num_images=3000, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
+    """Return each block's patch tokens (B, N, C) of GRATINGS, from the blocks called one by one."""
+    data = datasets.Gratings("val", num_images, transform=datasets.eval_transform(32))
+    pixels = torch.stack([torch.as_tensor(data[i][0]) for i in images]) / 255
+    batch = (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    tokens, result = model.eval().pos_drop(model._pos_embed(model.patch_embed(batch))), []
     for block in model.blocks:
         tokens = block(tokens)
-        spectrum = np.fft.fft(tokens[:, 1:].detach().numpy(), axis=2) / tokens.shape[2]
-        result.append(np.abs(spectrum).mean())
+        result.append(tokens[:, 1:].detach())
     return result
 
 
-# Measures
+def assert_intensity(found, tokens):
+    expected = [np.abs(np.fft.fft(t.numpy(), axis=2) / t.shape[2]).mean() for t in tokens]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_layerwise_spectrum_is_numpys_fft_along_channels(shape):
-    maps = maps_of(shape)
-    expected = np.abs(np.fft.fft(maps.numpy(), axis=1) / shape[1]).mean(axis=(0, 2, 3))
-    assert_close(spectral.layerwise_spectrum(maps), torch.from_numpy(expected), atol=1e-14)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_power_spectrum_is_numpys_and_keeps_the_energy(shape):
-    maps = maps_of(shape)
-    power = spectral.power_spectrum(maps)
-    expected = (np.abs(np.fft.fft2(maps.numpy(), norm="ortho")) ** 2).mean(axis=(0, 1))
-    assert_close(power, torch.from_numpy(expected), atol=1e-14)
-    assert_close(power.mean(), maps.square().mean())
-
-
-@pytest.mark.parametrize("size", [(4, 4), (5, 5), (3, 8), (1, 1), (14, 14)])
-def test_radial_average_is_the_mean_over_each_ring(size):
-    power = maps_of(size).abs()
-    rings = {}
-    for y, x in itertools.product(*map(range, size)):
-        cycles = [min(k, n - k) / n for k, n in zip((y, x), size, strict=True)]
-        rings.setdefault(round(math.hypot(*cycles) * min(size)), []).append(power[y, x].item())
-    radius, mean = spectral.radial_average(power)
-    assert sorted(rings) == list(range(len(mean)))
-    assert_close(mean.tolist(), [float(np.mean(rings[r])) for r in range(len(mean))])
-    assert_close(radius.tolist(), [r / min(size) for r in range(len(mean))])
-
-
-@pytest.mark.parametrize("channels", [24, 192, 384])
-def test_intensity_of_gaussian_features_follows_their_rms(channels):
-    result = result_of(3.0 * maps_of((4, channels, 8, 8)))
-    ratio = result["intensity_corrected"] / result["rms"]
-    assert_close(ratio.item(), math.sqrt(math.pi) / 2, rtol=0.02)
-
-
-@pytest.mark.parametrize("parts", [(8,), (1,) * 8, (5, 3), (2, 1, 4, 1)])
-def test_streaming_equals_one_batch(parts):
-    maps = maps_of((8, 6, 5, 3))
-    whole, streamed = result_of(maps), result_of(*maps.split(parts))
-    for name, value in whole.items():
-        assert_close(streamed[name], value)
-
-
-def test_results_are_what_their_names_promise():
-    maps = maps_of((4, 6, 3, 3))
-    result = result_of(maps)
-    assert_close(result["intensity"], spectral.layerwise_spectrum(maps).mean())
-    assert_close(result["rms"], maps.square().mean().sqrt())
-    assert_close(result["intensity_corrected"], result["intensity"] * math.sqrt(6))
-
-
-def test_shuffling_changes_only_features_with_ordered_channels():
-    unordered = result_of(maps_of((4, 64, 4, 4)) * torch.linspace(0.5, 2, 64)[torch.randperm(64)].view(-1, 1, 1))
-    assert_close(unordered["intensity_shuffled"], unordered["intensity"], rtol=0.05)
-    wave = torch.cos(2 * torch.pi * 3 * torch.arange(64, dtype=torch.float64) / 64)
-    ordered = result_of(maps_of((4, 1, 4, 4)) * wave.view(-1, 1, 1))
-    assert ordered["intensity_shuffled"] > 2 * ordered["intensity"]
-
-
-def test_the_seed_fixes_one_permutation_for_all_batches():
-    maps = maps_of((4, 16, 2, 2))
-    assert result_of(*maps.split(1))["intensity_shuffled"] == result_of(*maps.split(1))["intensity_shuffled"]
-    assert result_of(maps, seed=1)["intensity_shuffled"] != result_of(maps)["intensity_shuffled"]
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_results_are_float64_for_maps_of_any_precision(dtype):
-    maps = maps_of((2, 6, 3, 3), dtype=dtype)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        result = result_of(maps)
-    exact = result_of(maps.double())
-    for name, value in result.items():
-        assert value.dtype == torch.float64
-        assert_close(value, exact[name], rtol=1e-5, atol=1e-6)
-
-
-def test_a_profile_without_images_has_no_result():
-    with pytest.raises(RuntimeError, match="no maps"):
-        spectral.SpectralProfile().result()
-
-
-def test_outputs_with_other_channels_are_refused():
-    model = tiny()
-    model.feature_info[1]["num_chs"] = 25
-    spectral.FeatureHooks(model, [1])
-    with pytest.raises(RuntimeError, match=r"blocks\.1"):
-        model(torch.zeros(1, 3, 32, 32))
-
-
-def test_a_block_that_does_not_exist_is_refused():
-    model = tiny()
-    model.feature_info[1]["module"] = "layers.1"
-    with pytest.raises(ValueError, match=r"VisionTransformer has no layers\.1"):
-        spectral.FeatureHooks(model, [1])
-
-
-# Pairs of blocks
-
-U_SHAPE = [3.0, 2.5] + [1.0] * 16 + [2.0, 2.2, 2.5, 3.0, 4.0, 6.0]
-STAGES = [4, 8, 16, 32]
-
-
-@pytest.mark.parametrize(
-    ("intensity", "student", "teacher", "number", "s_id", "t_id"),
-    [
-        (U_SHAPE, [16] * 12, [16] * 24, 8, [0, 1, 6, 7, 8, 9, 10, 11], [0, 1, 18, 19, 20, 21, 22, 23]),
-        (U_SHAPE[::-1], [16] * 12, [16] * 24, 8, [0, 1, 2, 3, 4, 5, 10, 11], [0, 1, 2, 3, 4, 5, 22, 23]),
-        (U_SHAPE, [16] * 12, [16] * 24, 1, [11], [23]),
-        (U_SHAPE, [16] * 12, [16] * 24, 2, [10, 11], [22, 23]),
-        (U_SHAPE, [16] * 12, [16] * 24, 3, [0, 10, 11], [0, 22, 23]),
-        (list(range(6)), [16] * 4, [16] * 6, 3, [1, 2, 3], [3, 4, 5]),  # rising: the last ones
-        (list(range(6))[::-1], [16] * 4, [16] * 6, 3, [0, 1, 2], [0, 1, 2]),
-        ([1.0] * 6, [16] * 4, [16] * 6, 4, [0, 1, 2, 3], [0, 1, 4, 5]),  # flat: as even as can be
-        (U_SHAPE[:1] + U_SHAPE[-5:], [16] * 12, [16] * 6, 4, [0, 7, 9, 11], [0, 3, 4, 5]),  # a deeper student
-        ([1.0, 2.0, 1.5], [16] * 3, [16] * 3, 3, [0, 1, 2], [0, 1, 2]),
-        ([2.0, 1.0, 3.0, 4.0], STAGES, STAGES, 4, [0, 1, 2, 3], [0, 1, 2, 3]),
-        ([9.0, 2.0, 1.0, 3.0, 4.0], STAGES, [2, *STAGES], 4, [0, 1, 2, 3], [1, 2, 3, 4]),  # the stem has no partner
-        ([9.0, 1.0, 1.0, 1.0, 5.0], STAGES, [2, *STAGES], 1, [3], [4]),  # and does not count
-        ([2.0, 1.0, 3.0, 4.0], [2, *STAGES], STAGES, 3, [1, 3, 4], [0, 2, 3]),
-        ([1.0, 2.0, 5.0, 4.0], STAGES, [4, 8, 16, 16], 3, [0, 1, 2], [0, 1, 3]),  # a stage ends with its last block
-        (U_SHAPE, STAGES, [16] * 24, 4, [0, 1, 2, 3], [0, 21, 22, 23]),  # stages on one side only
-    ],
-)
-def test_pairs_are_the_ends_with_most_intensity(intensity, student, teacher, number, s_id, t_id):
-    assert analyze.suggest_pairs(intensity, student, teacher, number) == (s_id, t_id)
-
-
-def test_pairs_are_ascending_and_the_best_for_all_depths():
-    generator = torch.Generator().manual_seed(0)
-    for depth, student in itertools.product(range(1, 14), range(1, 16)):
-        intensity = torch.rand(depth, generator=generator).tolist()
-        for number in range(1, min(depth, student) + 1):
-            s_id, t_id = analyze.suggest_pairs(intensity, [16] * student, [16] * depth, number)
-            for ids, blocks in ((s_id, student), (t_id, depth)):
-                assert len(ids) == number
-                assert ids == sorted(set(ids) & set(range(blocks)))
-            best = max(sum(intensity[:k] + intensity[::-1][: number - k]) for k in range(number + 1))
-            assert sum(intensity[i] for i in t_id) == pytest.approx(best, rel=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("student", "teacher", "message"),
-    [
-        ([16] * 4, [16] * 12, "--suggest 5: the student has only 4 blocks"),
-        ([16] * 12, [16] * 4, "--suggest 5: the teacher has only 4 blocks"),
-        ([2, 4, 8, 16, 32], STAGES, "--suggest 5: the student has only 4 stages of equal resolution"),
-    ],
-)
-def test_more_pairs_than_blocks_are_refused(student, teacher, message):
-    with pytest.raises(UserError, match=message):
-        analyze.suggest_pairs([1.0] * len(teacher), student, teacher, 5)
-
-
-# The command
 
 FAMILIES = {
     "deit_tiny_distilled_patch16_224": (STUDENT, [(24, 4, 4)] * 4),
@@ -242,10 +71,9 @@ FAMILIES = {
         ["img_size=32", "patch_size=2", "embed_dim=16", "depths=(1,1,1,1)", "num_heads=(1,2,2,2)", "window_size=4"],
         [(16, 16, 16), (32, 8, 8), (64, 4, 4), (128, 2, 2)],
     ),
-    "deit3_small_patch16_224": (STUDENT, [(24, 4, 4)] * 4),
-    "vit_tiny_patch16_224": (STUDENT, [(24, 4, 4)] * 4),
+    "deit_tiny_lift_patch16_224": (STUDENT, [(24, 4, 4)] * 3 + [(48, 4, 4)]),
+    "deit_tiny_widelast_patch16_224": (STUDENT, [(24, 4, 4)] * 3 + [(48, 4, 4)]),
     "convnext_atto": (["depths=(1,1,1,1)", "dims=(8,16,24,32)"], [(8, 8, 8), (16, 4, 4), (24, 2, 2), (32, 1, 1)]),
-    "regnety_002": ([], [(32, 16, 16), (24, 8, 8), (56, 4, 4), (152, 2, 2), (368, 1, 1)]),
     "resnet18": (["layers=(1,1,1,1)"], [(64, 16, 16), (64, 8, 8), (128, 4, 4), (256, 2, 2), (512, 1, 1)]),
 }
 
@@ -267,7 +95,7 @@ def test_every_family_is_analyzed_block_by_block(model, tmp_path, capsys, no_fig
     for i, (channels, *_) in enumerate(shapes):
         spectrum = found[f"{model}/spectrum/{i}"]
         assert spectrum.shape == (channels,)
-        assert_close(spectrum.mean(), found[f"{model}/intensity"][i])
+        np.testing.assert_allclose(spectrum.mean(), found[f"{model}/intensity"][i], rtol=1e-12)
     assert np.isfinite(found[f"{model}/rms"]).all()
     s_id, t_id = capsys.readouterr().out.split("--s-id ")[1].split("\n")[0].split(" --t-id ")
     assert s_id == t_id  # a model taught by itself
@@ -279,12 +107,13 @@ def sources(tmp_path_factory):
     """Flags that compare two random models of different depth, read from files."""
     folder = tmp_path_factory.mktemp("sources")
     torch.save(tiny(num_classes=7).state_dict(), folder / "bare.pth")
-    kwargs = {key: int(value) for key, value in (pair.split("=") for pair in TEACHER)}
-    cait = tiny("cait_xxs24_224", TEACHER, num_classes=3).state_dict()
-    torch.save({"model": cait, "args": {"model": "cait_xxs24_224", "model_kwargs": kwargs}}, folder / "cait.pth")
+    cait = {"model": "cait_xxs24_224", "model_kwargs": flags.key_values(TEACHER)}
+    weights = tiny(cait["model"], TEACHER, num_classes=3).state_dict()
+    torch.save({"model": weights, "args": cait}, folder / "cait.pth")
     compare = ("--compare", f"the teacher={folder}/cait.pth", f"student={NAME}:{folder}/bare.pth")
     suggest = ("--suggest", 2, "--student", NAME, "--student-kwargs", *STUDENT)
-    return (*compare, "--model-kwargs", *STUDENT, *GRATINGS, "--input-size", 32, *suggest)
+    more = ("--input-size", 32, "--entropy", "--ranks", "--batch-size", 4)
+    return (*compare, "--model-kwargs", *STUDENT, *GRATINGS, *more, *suggest)
 
 
 @pytest.fixture(scope="module")
@@ -297,9 +126,8 @@ def analyzed(sources, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_results_do_not_depend_on_the_batch_size(batch_size, sources, analyzed, tmp_path, no_figures):
-    run(*sources, "--batch-size", batch_size, "--output_dir", tmp_path)
+def test_results_do_not_depend_on_the_batch_size(sources, analyzed, tmp_path, no_figures):
+    run(*sources, "--batch-size", 6, "--output_dir", tmp_path)
     expected, found = numbers(analyzed), numbers(tmp_path)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -308,12 +136,15 @@ def test_results_do_not_depend_on_the_batch_size(batch_size, sources, analyzed, 
 
 def test_numbers_are_those_of_the_model_run_by_hand(analyzed):
     images = json.loads((analyzed / "spectra.json").read_text())["images"]
-    assert images == samplers.random_subset(datasets.GRATINGS_SIZES["val"], 6, seed=0)
-    data = datasets.Gratings("val", 3000, transform=datasets.eval_transform(32))
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    batch = torch.stack([(torch.as_tensor(data[i][0]).float() / 255 - mean) / std for i in images])
-    expected = tokens_intensity(tiny(num_classes=7).eval(), batch)
-    np.testing.assert_allclose(numbers(analyzed)["student/intensity"], expected, rtol=1e-5)
+    assert images == list(range(6))
+    found, tokens = numbers(analyzed), tokens_by_hand(tiny(num_classes=7), images)
+    assert_intensity(found["student/intensity"], tokens)
+    maps = [t.mT.unsqueeze(2) for t in tokens]
+    for key, expected in analyses.entropy_over_depth(lambda: [maps]).items():
+        np.testing.assert_allclose(found[f"student/{key}"], expected, rtol=1e-3)
+    ranks = json.loads((analyzed / "ranks.json").read_text())["models"]["student"]
+    expected = analyses.rank_analysis(lambda: [maps[-1]])
+    assert {key: ranks[key] for key in expected} == expected
 
 
 def test_files_hold_the_documented_keys(analyzed):
@@ -332,7 +163,7 @@ def test_files_hold_the_documented_keys(analyzed):
 @pytest.mark.slow
 def test_figures_are_written_as_png_pdf_and_for_tensorboard(sources, tmp_path):
     run(*sources, "--pdf", "--output_dir", tmp_path)
-    names = {"intensity", "spectrum", "heatmap", "radial", "suggestion"}
+    names = {"intensity", "spectrum", "heatmap", "radial", "entropy", "suggestion"}
     for name in names:
         image = np.asarray(Image.open(tmp_path / f"{name}.png").convert("L"))
         assert min(image.shape) > 400  # printable
@@ -349,8 +180,9 @@ def test_tensorboard_receives_the_curves_over_blocks(analyzed):
 
 
 def subject(name, width, depth):
-    block = {"shape": (width, 2, 2), "module": "blocks", "reduction": 16, **result_of(maps_of((2, width, 2, 2)))}
-    return analyze.Subject(name, "x", "x", 32, [block] * depth, torch.nn.Identity())
+    profile = spectral.SpectralProfile()
+    profile.add(torch.randn(2, width, 2, 2))
+    return analyze.Subject(name, "x", "x", 32, [profile.result()] * depth, torch.nn.Identity())
 
 
 def test_depth_is_relative_only_if_models_differ_in_it():
@@ -370,23 +202,94 @@ def test_figures_of_any_number_of_models_fit_the_page(num):
             assert 3 <= figure.get_size_inches()[0] <= plots.PAGE_WIDTH
 
 
-def test_first_takes_the_first_images_and_seed_draws_others():
-    def drawn(*more):
-        return analyze.build_data(parse(*GRATINGS, *more), [])[1]["images"]
+def images_of(*argv):
+    return analyze.build_data(parse(*DEIT, *argv), [])[1]["images"]
 
-    assert drawn("--first") == [0, 1, 2, 3, 4, 5]
-    assert drawn("--seed", 1) == drawn("--seed", 1) != drawn()
-    assert len(set(drawn())) == 6
+
+def test_images_are_drawn_the_first_or_one_of_each_class(jpegs):
+    data = ("--data-path", jpegs, "--num-images", 5)
+    assert images_of(*data, "--first") == [0, 1, 2, 3, 4]
+    assert images_of(*data, "--per-class") == [0, 4, 1, 5, 2]
+    assert images_of(*data, "--seed", 1) == images_of(*data, "--seed", 1) != images_of(*data)
+    assert len(set(images_of(*data))) == 5
+
+
+@pytest.mark.parametrize(
+    ("preset", "number", "order", "crop"),
+    [("spectralkd", 32, "first", 0.875), ("dynamics", 32, "first", 0.875), ("mismatch", 1000, "classes", "own")],
+)
+def test_a_preset_sets_what_its_paper_looked_at(preset, number, order, crop):
+    args = parse(*DEIT, "--data-set", "GRATINGS", "--preset", preset)
+    data = analyze.build_data(args, [])[1]
+    assert (len(data["images"]), data["order"], data["crop_ratio"]) == (number, order, crop)
+    assert (args.entropy, args.ranks) == (preset == "dynamics", preset == "mismatch")
+    assert len(images_of("--data-set", "GRATINGS", "--num-images", 7, "--preset", preset)) == 7
+
+
+def test_the_own_transform_is_that_of_the_models_config(tmp_path, no_figures):
+    """CaiT's crop is the whole image."""
+    (tmp_path / "val" / "ant").mkdir(parents=True)
+    pixels = np.random.RandomState(0).randint(0, 256, (6, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((96, 72)).save(tmp_path / "val" / "ant" / "0.png")
+    kwargs = ("--model-kwargs", "patch_size=16", "embed_dim=24", "depth=2", "num_heads=2", "--input-size", 64)
+    found = []
+    for crop in ("own", 1, 0.875):
+        run(
+            "--model",
+            "cait_s24_224",
+            "--random",
+            *kwargs,
+            "--data-path",
+            tmp_path,
+            "--eval-crop-ratio",
+            crop,
+            "--output_dir",
+            tmp_path,
+        )
+        found.append(numbers(tmp_path)["cait_s24_224/intensity"])
+    np.testing.assert_array_equal(found[0], found[1])
+    assert (found[0] != found[2]).all()
+
+
+def test_published_ranks_stand_beside_the_measured_ones(jpegs, tmp_path, capsys):
+    torch.save(tiny("cait_s24_224", TEACHER).state_dict(), tmp_path / "cait.pth")
+    cait = ("--compare", f"c=cait_s24_224:{tmp_path}/cait.pth", "--model-kwargs", *TEACHER, "--input-size", 32)
+    run(*cait, "--data-path", jpegs, "--ranks")
+    table = capsys.readouterr().out
+    assert re.search(r"^SVD .*   14 34 61 121$", table, re.M)
+    assert re.search(r"^PCA .*   167 247 302 359$", table, re.M)
+
+
+def test_milestones_of_a_run_are_drawn_by_epoch(tmp_path):
+    stored = {"model": NAME, "model_kwargs": flags.key_values(STUDENT), "input_size": 32, "data_set": "GRATINGS"}
+    models = {epoch: tiny(num_classes=epoch) for epoch in (5, 10, 20)}
+    for epoch, model in models.items():
+        torch.save({"model": model.state_dict(), "args": stored}, tmp_path / f"checkpoint_{epoch - 1:04d}.pth")
+    torch.save({}, tmp_path / "checkpoint_previous.pth")
+    subjects = []
+    with pytest.MonkeyPatch.context() as patch:
+        draw = plots.draw_milestones
+        patch.setattr(plots, "draw_milestones", lambda found: subjects.extend(found) or draw(found))
+        run("--milestones", tmp_path, "--entropy", "--num-images", 4, "--output_dir", tmp_path)
+    assert [subject.name for subject in subjects] == ["epoch 5", "epoch 10", "epoch 20"]
+    assert [path.stem for path in tmp_path.glob("*.png")] == ["milestones"]
+    images = json.loads((tmp_path / "spectra.json").read_text())["images"]
+    assert_intensity(numbers(tmp_path)["epoch 10/intensity"], tokens_by_hand(models[10], images))
+    axes = draw(subjects)["milestones"].axes
+    scale = analyze.matplotlib.colormaps[plots.DEPTH_COLORS]
+    assert len(axes) == 5  # intensity, RMS, two entropies and the color bar
+    for axis in axes[:4]:
+        assert [line.get_color() for line in axis.lines] == [scale(x) for x in (0.0, 1 / 3, 1.0)]
 
 
 @pytest.fixture
 def jpegs(tmp_path):
-    return jpeg_folder(tmp_path, splits=("val",), images=2)
+    return jpeg_folder(tmp_path / "jpegs", splits=("val",))
 
 
 def test_an_image_folder_needs_only_val(jpegs, capsys):
     run(*DEIT, "--data-path", jpegs)
-    assert "4 validation images of IMNET, drawn by seed 0" in capsys.readouterr().out
+    assert "8 validation images of IMNET, drawn by seed 0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -422,47 +325,30 @@ def trained(tmp_path_factory, teacher_file):
 def test_a_run_folder_provides_model_and_data(trained, tmp_path, capsys, no_figures):
     run("--compare", f"run={trained}", "--output_dir", tmp_path)
     assert "32 validation images of GRATINGS" in capsys.readouterr().out
-    checkpoint = torch.load(trained / "checkpoint.pth", weights_only=True)
-    model = tiny("vit_tiny_patch16_224", num_classes=24).eval()
-    model.load_state_dict(checkpoint["model"])
+    model = tiny("vit_tiny_patch16_224", num_classes=24)
+    model.load_state_dict(torch.load(trained / "checkpoint.pth", weights_only=True)["model"])
     images = json.loads((tmp_path / "spectra.json").read_text())["images"]
-    data = datasets.Gratings("val", 48, transform=datasets.eval_transform(32))
-    batch = torch.stack([torch.as_tensor(data[i][0]).float() / 127.5 - 1 for i in images])
-    np.testing.assert_allclose(numbers(tmp_path)["run/intensity"], tokens_intensity(model, batch), rtol=1e-5)
+    assert_intensity(numbers(tmp_path)["run/intensity"], tokens_by_hand(model, images, 48, (0.5,) * 3, (0.5,) * 3))
 
 
 @pytest.mark.slow
-def test_weights_are_read_from_every_kind_of_file(trained, tmp_path, capsys):
-    checkpoint = torch.load(trained / "checkpoint.pth", weights_only=True)
-    torch.save({**checkpoint, "args": argparse.Namespace(**checkpoint["args"])}, tmp_path / "deit.pth")
-    torch.save(checkpoint["model"], tmp_path / "bare.pth")
-    save_file(checkpoint["model"], tmp_path / "bare.safetensors")
-    name = "vit_tiny_patch16_224"
-    cases = {
-        "folder": ["--checkpoint", trained],
-        "file": ["--checkpoint", trained / "checkpoint.pth"],
-        "deit": ["--checkpoint", tmp_path / "deit.pth"],
-        "bare": ["--checkpoint", tmp_path / "bare.pth", "--model", name, "--model-kwargs", *STUDENT],
-        "safetensors": ["--compare", f"{name}={name}:{tmp_path / 'bare.safetensors'}", "--model-kwargs", *STUDENT],
-        "ema": ["--checkpoint", trained, "--ema"],
-    }
-    tables = {}
-    for case, argv in cases.items():
-        run(*argv, *GRATINGS, "--first", "--input-size", 32)
-        tables[case] = capsys.readouterr().out.split(" pixels\n")[1]
-    assert tables.pop("ema") != tables["folder"]
-    assert len(set(tables.values())) == 1
+def test_ema_weights_are_taken_on_request(trained, tmp_path, capsys):
+    weights = torch.load(trained / "checkpoint.pth", weights_only=True)["model_ema"]
+    save_file(weights, tmp_path / "ema.safetensors")
+    tables = []
+    for source in ((trained, "--ema"), (tmp_path / "ema.safetensors", "--model", "vit_tiny_patch16_224"), (trained,)):
+        run("--checkpoint", *source, "--model-kwargs", *STUDENT, *GRATINGS, "--first", "--input-size", 32)
+        tables.append(capsys.readouterr().out.split(" pixels\n")[1])
+    assert tables[0] == tables[1] != tables[2]
 
 
 BAD = {
     "nothing": ("", "nothing to analyze"),
     "unknown model": ("--model deit_tini_patch16_224", "timm has no model deit_tini.*deit_tiny_patch16_224"),
     "no such path": ("--compare a=nowhere/x.pth", r"nowhere/x\.pth is neither a file nor a folder, and timm has no"),
-    "entry without a name": ("--compare {bare}", "expected KEY=VALUE"),
     "compare and checkpoint": ("--compare a={bare} --checkpoint {bare}", "cannot be combined"),
     "random and checkpoint": ("--checkpoint {bare} --random", "cannot be combined"),
     "which model": ("--checkpoint {bare}", "does not name its model"),
-    "damaged": ("--checkpoint {truncated}", "truncated.pth is "),
     "empty folder": ("--checkpoint {empty}", r"empty/checkpoint\.pth is not a file"),
     "no EMA": ("--model {name} --checkpoint {bare} --ema", "bare.pth: the checkpoint holds no"),
     "other model": ("--compare a=resnet18:{bare}", "a: the weights do not fit resnet18"),
@@ -471,10 +357,13 @@ BAD = {
         "features are not finite",
     ),
     "suggest alone": ("--model {name} --suggest 3", "--suggest N and --student MODEL need each other"),
-    "student alone": ("--model {name} --student {name}", "--suggest N and --student MODEL need each other"),
+    "no milestones": (
+        "--milestones {empty}",
+        r"empty has no checkpoint_0009\.pth or the like: train with --save-every",
+    ),
+    "milestones alone": ("--milestones {empty} --random", "--milestones cannot be combined with"),
     "no data path": ("--model {name} --random --data-set IMNET", "--data-set IMNET needs --data-path"),
     "no val": ("--model {name} --random --data-set IMNET --data-path {empty}", "empty/val does not exist"),
-    "device": ("--model {name} --device tpu", "--device tpu"),
     "output is a file": ("--model {name} --random --output_dir {bare}", "--output_dir .*bare.pth cannot be written"),
     "size": ("--model {name} --random --input-size 40 --model-kwargs img_size=32", "images of 40 pixels: "),
     "too many pairs": (
@@ -491,7 +380,6 @@ def files(tmp_path_factory):
     weights = tiny().state_dict()
     torch.save(weights, folder / "bare.pth")
     torch.save({**weights, "cls_token": weights["cls_token"] * torch.nan}, folder / "nan.pth")
-    (folder / "truncated.pth").write_bytes((folder / "bare.pth").read_bytes()[:3000])
     (folder / "empty").mkdir()
     return {"name": NAME, "kwargs": " ".join(STUDENT), **{path.stem: path for path in folder.iterdir()}}
 

@@ -24,6 +24,7 @@ from torchvision import transforms
 from torchvision.datasets import CIFAR100, ImageFolder
 from torchvision.datasets.folder import default_loader
 
+import datasets
 from datasets import (
     BadImageError,
     BoundedResize,
@@ -83,6 +84,19 @@ def test_a_grating_depends_on_split_and_index_alone():
     assert short[7][1] == label
     pixels = [np.asarray(images[i][0]).tobytes() for images in (train, val) for i in range(100)]
     assert len(set(pixels)) == 200
+
+
+def test_changing_a_grating_does_not_change_the_next_epoch():
+    images = Gratings("train", 10)
+    image = images[7][0]
+    before = image.copy()
+    image.paste("red", (0, 0, 32, 32))
+    assert_same_pixels(images[7][0], before)
+
+
+def test_large_gratings_are_not_kept_in_memory():
+    sizes = {10: True, 10_000: True, 10_001: False}
+    assert {length: Gratings("train", length)._computed is not None for length in sizes} == sizes
 
 
 def test_gratings_are_balanced_rgb_images():
@@ -691,3 +705,13 @@ def test_shared_memory_that_is_too_small_gives_a_warning():
     assert re.match(r"/dev/shm has \d+ MB left.* 2000000 MB: .*--shm-size", warn_if_shm_is_small(2**20 * 10**6, 1))
     assert warn_if_shm_is_small(1, 1) is None
     assert warn_if_shm_is_small(10**15, 0) is None
+
+
+def test_labels_are_those_of_the_samples(cifar, tmp_path):
+    folder = write_folder(tmp_path / "folder", ("ant", "bee"))
+    for dataset in (
+        Gratings("val", 30),
+        build_dataset("CIFAR", "val", cifar[0]),
+        build_dataset("IMNET", "val", folder),
+    ):
+        assert datasets.labels(dataset) == labels(dataset)

@@ -234,7 +234,7 @@ def test_signal_to_a_single_process_is_saved(number, tmp_path):
 def test_signal_in_evaluation_stops_it_and_keeps_the_epoch(tmp_path):
     """Shards of 25 and 24 images in batches of 12 are 3 and 2 batches; the signal comes to the shorter."""
     flags = flags_of(tmp_path, "--gratings-sizes", 64, 49)
-    runs = fork(*flags, ranks=2, before=strike(signal.SIGTERM, step=1, training=False, rank=1))
+    runs = fork(*flags, ranks=2, before=strike(signal.SIGTERM, step=0, training=False, rank=1))
     assert codes(runs) == [128 + signal.SIGTERM] * 2
     assert "in epoch 0 after step 4" in runs[0].text
     assert not (tmp_path / "log.txt").exists()

@@ -1,6 +1,7 @@
 """The GPU path on FakeTensors of cuda:0, which need no GPU: kernels, bytes, and where the host waits."""
 
 import contextlib
+import copy
 from unittest import mock
 
 import pytest
@@ -18,6 +19,9 @@ import models
 import spectral
 from benchmarks import counting
 from checkpoint import TrainState
+
+if not hasattr(torch.library, "triton_op"):
+    pytest.skip("before torch 2.6, autograd asks the CUDA driver about FakeTensors", allow_module_level=True)
 
 PAIRS = [0, 1, 6, 7, 8, 9, 10, 11], [0, 1, 18, 19, 20, 21, 22, 23]
 
@@ -70,12 +74,11 @@ def test_attention_maps_are_never_float32():
     assert not float32_maps("eager")
 
 
-@pytest.mark.skipif(not hasattr(torch.library, "triton_op"), reason="needs torch 2.6")
 def test_triton_kernel_is_used_under_float16():
     pytest.importorskip("triton")
     count = forward(timm.create_model("cait_s24_224", depth=2), "triton", batch=4)
     assert count.by_operator["mix_softmax_mix"][0] == 2
-    assert count.by_operator["bmm"][0] == 2 * 2 + 4  # two per block, and those of the class attention
+    assert count.by_operator["bmm"][0] == 2 * 2  # q k^T and the product with v in each block
 
 
 @pytest.mark.parametrize("shapes", [((256, 192, 14, 14), (256, 384, 14, 14)), ((256, 96, 56, 56), (256, 96, 56, 56))])
@@ -104,7 +107,7 @@ def count_steps(number, student, teacher, ids=([0, 1], [0, 1]), batch=4, **optim
         state.optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05, **optimizer_options)
         state.scaler = torch.amp.GradScaler("cuda")
         state.scaler._lazy_init_scale_growth_tracker(device)
-        options = {"device": device, "prepare": datasets.Prepare((0.5,) * 3, (0.5,) * 3, 0.25, device=device)}
+        options = {"device": device, "prepare": datasets.Prepare((0.5,) * 3, (0.5,) * 3, device=device)}
         options |= {"watch": engine.DivergenceWatch(), "amp_dtype": torch.float16, "print_freq": 1000}
         with counting.Count() as count, until_console_line():
             engine.train_one_epoch(state, batches(number, batch), criterion, hooks, **options)
@@ -140,13 +143,15 @@ def test_evaluation_never_waits_between_batches():
         with counting.Count() as count, until_console_line():
             engine.evaluate(model, batches(3, 4), device=device, prepare=prepare, amp_dtype=torch.float16)
     assert count.reads == []
-    assert count.by_operator["addmm"][0] == 3 * (2 * 4 + 1)  # all three batches were scored
+    assert count.by_operator["linear"][0] == 3 * (2 * 4 + 1)  # all three batches were scored
 
 
 @pytest.mark.slow
 def test_step_stays_within_its_kernels_and_bytes():
-    """DeiT-Tiny under CaiT-S24, 8 pairs, batch 256, float16: 2,760 kernels and 168 GB before."""
+    """DeiT-Tiny under CaiT-S24, 8 pairs, batch 256, float16; random erasing would add 128 kernels on average."""
     models = timm.create_model("deit_tiny_patch16_224"), timm.create_model("cait_s24_224")
-    count = count_steps(1, *models, ids=PAIRS, batch=256, fused=True)
-    assert count.kernels < 1900
-    assert count.bytes < 150e9
+    one, two = (
+        count_steps(number, *copy.deepcopy(models), ids=PAIRS, batch=256, fused=True) for number in (1, 2)
+    )  # the first step also creates the moments
+    assert two.kernels - one.kernels < 1770
+    assert two.bytes - one.bytes < 146e9

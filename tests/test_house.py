@@ -13,6 +13,7 @@ import baselines
 import datasets
 import flags
 import spectral
+import tables
 from builders import optimizer_kwargs, scheduler_kwargs
 
 # What each module may import of ours; new modules get a row. Imports go downwards only.
@@ -21,6 +22,7 @@ PARTS |= {"baselines", "divergence", "checkpoint", "weights", "faults", "flags",
 MAY_IMPORT = {
     "main": PARTS | {"builders", "loaders", "scoring"},
     "scoring": PARTS | {"builders", "export"},
+    "demo": {"main", "analyze", "tables", "faults", "flags"},
     "verify": PARTS | {"builders", "analyses"},
     "analyze": {"builders", "plots", "analyses", *PARTS} - {"engine", "losses"},
     "builders": PARTS | {"loaders"},
@@ -68,7 +70,8 @@ FLAGS_OF_OTHERS = {
     "--shm-size",
     "--ipc",
     "--logdir",
-}  # torchrun, docker, tensorboard
+    "--run",
+}  # torchrun, docker, tensorboard, recipes/sweep.py
 
 
 def imports(tree):
@@ -145,7 +148,7 @@ def test_files_named_in_a_document_exist(document):
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_flags_named_in_a_document_exist(document):
-    parsers = (flags.get_args_parser(), analyze.get_args_parser())
+    parsers = (flags.get_args_parser(), analyze.get_args_parser(), tables.get_args_parser())
     known = {name for parser in parsers for action in parser._actions for name in action.option_strings}
     named = set(re.findall(r"(?<![\w-])--\w[\w-]*", document.read_text()))
     assert named - known <= FLAGS_OF_OTHERS

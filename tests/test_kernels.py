@@ -26,7 +26,7 @@ print((maps.double() - expected).abs().max().item() / expected.abs().max().item(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("tokens", "heads"), [(196, 2), (50, 8)])
+@pytest.mark.parametrize(("tokens", "heads"), [(196, 2), (50, 3)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-6), ("float16", 5e-4)])
 def test_kernel_matches_float64(tokens, heads, dtype, tolerance):
     code = INTERPRETED.format(tokens=tokens, heads=heads, dtype=dtype)

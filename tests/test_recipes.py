@@ -169,6 +169,17 @@ def test_published_rows_hold_every_log_and_have_sources():
         assert 60 < (row["last"] or row["best"]) <= row["best"] < 90
 
 
+def test_the_docs_show_every_published_row():
+    lines = (ROOT / "docs" / "reproducing.md").read_text().splitlines()
+    shown = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    for row in RESULTS:
+        names = ("student", "method", "epochs", "global_batch", "best", "last", "last10", "recipe")
+        student, *others = ("" if row[name] is None else str(row[name]) for name in names)
+        assert any(
+            cells[:9] == [student, row["teacher"] or "none", *others] and row["source"] in cells[9] for cells in shown
+        )
+
+
 @pytest.fixture(scope="module")
 def teacher_files(tmp_path_factory):
     """Return the file of random weights of the narrow version of each teacher."""

@@ -121,7 +121,14 @@ MATTERS = [
     "--lr 1e-3",
 ]
 MATTERS += ["--epochs 400", "--batch-size 256", "--feature-loss mse", "--amp-dtype bfloat16", "--data-set CIFAR"]
-NEUTRAL = ["--num_workers 3", "--batch-size 256 --accum-steps 2", "--seed 5", "--no-model-ema", "--device cuda:0"]
+NEUTRAL = [
+    "--num_workers 3",
+    "--batch-size 256 --accum-steps 2",
+    "--seed 5",
+    "--no-model-ema",
+    "--device cuda:0",
+    "--deterministic",
+]
 
 
 @pytest.mark.parametrize("more", [*MATTERS, *NEUTRAL])

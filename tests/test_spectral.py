@@ -1,6 +1,7 @@
-"""Feature hooks against blocks run by hand, alignment of maps, and the feature losses against a naive transform."""
+"""Feature hooks against blocks run by hand, alignment, feature losses and spectral analysis against numpy."""
 
 import itertools
+import math
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,13 @@ from spectral import (
     FEATURE_LOSSES,
     SPECTRAL_IMPLEMENTATIONS,
     FeatureHooks,
+    SpectralProfile,
     align,
     describe_blocks,
+    layerwise_spectrum,
     mse_loss,
+    power_spectrum,
+    radial_average,
     spectral_loss,
 )
 
@@ -133,6 +138,14 @@ def test_ids_keep_their_order_and_repeats():
 def test_an_id_out_of_range_is_refused_with_the_range(ids):
     with pytest.raises(ValueError, match=rf"block id {ids[-1]} is out of range.*0\.\.3"):
         FeatureHooks(build("deit_tiny_patch16_224", **VIT), ids)
+
+
+def test_outputs_with_other_channels_are_refused():
+    model = build("deit_tiny_patch16_224", **VIT)
+    model.feature_info[1]["num_chs"] = 25
+    FeatureHooks(model, [1])
+    with pytest.raises(ValueError, match=r"blocks\.1.* 24 channels, and its feature_info says 25"):
+        model(random_images(64, 96))
 
 
 def test_a_model_without_feature_info_is_refused():
@@ -334,3 +347,95 @@ def test_memory_layout_does_not_matter(loss):
     views = [x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2) for x in (student, teacher)]
     assert not views[0].is_contiguous()
     torch.testing.assert_close(loss(*views), loss(student, teacher), rtol=1e-6, atol=0)
+
+
+# Spectral analysis
+
+
+def maps_of(shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def result_of(*batches, seed=0):
+    profile = SpectralProfile(seed)
+    for maps in batches:
+        profile.add(maps)
+    return profile.result()
+
+
+def assert_close(found, expected, rtol=1e-12, atol=0.0):
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 4, 4), (1, 7, 3, 5), (3, 1, 2, 2), (2, 8, 1, 1)])
+def test_spectra_are_numpys(shape):
+    maps = maps_of(shape)
+    expected = np.abs(np.fft.fft(maps.numpy(), axis=1) / shape[1]).mean(axis=(0, 2, 3))
+    assert_close(layerwise_spectrum(maps), torch.from_numpy(expected), atol=1e-14)
+    expected = (np.abs(np.fft.fft2(maps.numpy(), norm="ortho")) ** 2).mean(axis=(0, 1))
+    assert_close(power_spectrum(maps), torch.from_numpy(expected), atol=1e-14)
+
+
+@pytest.mark.parametrize("size", [(4, 4), (3, 8), (1, 1), (14, 14)])
+def test_radial_average_is_the_mean_over_each_ring(size):
+    power = maps_of(size).abs()
+    rings = {}
+    for y, x in itertools.product(*map(range, size)):
+        cycles = [min(k, n - k) / n for k, n in zip((y, x), size, strict=True)]
+        rings.setdefault(round(math.hypot(*cycles) * min(size)), []).append(power[y, x].item())
+    radius, mean = radial_average(power)
+    assert sorted(rings) == list(range(len(mean)))
+    assert_close(mean.tolist(), [float(np.mean(rings[r])) for r in range(len(mean))])
+    assert_close(radius.tolist(), [r / min(size) for r in range(len(mean))])
+
+
+def test_intensity_of_gaussian_features_follows_their_rms():
+    result = result_of(3.0 * maps_of((4, 192, 8, 8)))
+    ratio = result["intensity_corrected"] / result["rms"]
+    assert_close(ratio.item(), math.sqrt(math.pi) / 2, rtol=0.02)
+
+
+@pytest.mark.parametrize("parts", [(1,) * 8, (5, 3)])
+def test_streaming_equals_one_batch(parts):
+    maps = maps_of((8, 6, 5, 3))
+    whole, streamed = result_of(maps), result_of(*maps.split(parts))
+    for name, value in whole.items():
+        assert_close(streamed[name], value)
+
+
+def test_results_are_what_their_names_promise():
+    maps = maps_of((4, 6, 3, 3))
+    result = result_of(maps)
+    assert_close(result["intensity"], layerwise_spectrum(maps).mean())
+    assert_close(result["rms"], maps.square().mean().sqrt())
+    assert_close(result["intensity_corrected"], result["intensity"] * math.sqrt(6))
+
+
+def test_shuffling_changes_only_features_with_ordered_channels():
+    unordered = result_of(maps_of((4, 64, 4, 4)) * torch.linspace(0.5, 2, 64)[torch.randperm(64)].view(-1, 1, 1))
+    assert_close(unordered["intensity_shuffled"], unordered["intensity"], rtol=0.05)
+    wave = torch.cos(2 * torch.pi * 3 * torch.arange(64, dtype=torch.float64) / 64)
+    ordered = result_of(maps_of((4, 1, 4, 4)) * wave.view(-1, 1, 1))
+    assert ordered["intensity_shuffled"] > 2 * ordered["intensity"]
+
+
+def test_the_seed_fixes_one_permutation_for_all_batches():
+    maps = maps_of((4, 16, 2, 2))
+    assert result_of(*maps.split(1))["intensity_shuffled"] == result_of(*maps.split(1))["intensity_shuffled"]
+    assert result_of(maps, seed=1)["intensity_shuffled"] != result_of(maps)["intensity_shuffled"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_results_are_float64_for_maps_of_any_precision(dtype):
+    maps = maps_of((2, 6, 3, 3), dtype=dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = result_of(maps)
+    exact = result_of(maps.double())
+    for name, value in result.items():
+        assert value.dtype == torch.float64
+        assert_close(value, exact[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_profile_without_images_has_no_result():
+    with pytest.raises(RuntimeError, match="no maps"):
+        SpectralProfile().result()

@@ -123,6 +123,7 @@ METHODS = {
     "none": [],
     "soft KD": [*SPECTRAL, "--distillation-beta", "0"],
     "SpectralKD (1 pair)": [*SPECTRAL, "--s-id", "0", "--t-id", "0"],
+    "SpectralKD (all blocks)": [*SPECTRAL, "--s-id", "all", "--t-id", "all"],
     "MSE baseline (2 pairs)": [*SPECTRAL, "--feature-loss", "mse"],
     "soft KD + manifold (2 pairs)": [*SPECTRAL, "--feature-loss", "manifold"],
     "hard": ["--distillation-type", "hard", "--w-fft", "0"],
@@ -154,7 +155,7 @@ def test_teachers_come_first_and_methods_in_order(write, show):
 @pytest.fixture
 def sweep(tmp_path, write):
     """Two seeds each of two weights, and a run without a teacher."""
-    for weight, top1 in ((0.4, 61), (0.05, 62)):
+    for weight, top1 in ((10, 61), (0.05, 62)):
         for seed in (0, 1):
             more = [*SPECTRAL, "--w-fft", weight, "--seed", seed]
             write(f"w-fft={weight},seed={seed}", [1, 2, top1 + seed], *more)
@@ -164,15 +165,15 @@ def sweep(tmp_path, write):
 
 def test_settings_that_tell_rows_apart_are_columns(sweep, show):
     rows = cells(show(sweep).out)
-    assert [row["w-fft"] for row in rows.values()] == ["", "0.05", "0.4"]
+    assert [row["w-fft"] for row in rows.values()] == ["", "0.05", "10"]
     assert "s-id" not in rows["a"]
 
 
 def test_varied_flags_give_columns_and_order(sweep, write, show):
-    more = write("b", [1, 2, 60], *SPECTRAL, "--s-id", 0, "--t-id", 0)
+    more = write("b", [1, 2, 60], *SPECTRAL, "--s-id", 0, "--t-id", 0, "--w-fft", 2)
     rows = cells(show(sweep, more, "--vary", "w-fft,--s-id").out)
     shown = [(row["w-fft"], row["s-id"], row["best"]) for row in rows.values()]
-    ends = [("0.05", "0 11", "62.500 ± 0.707"), ("0.2", "0", "60.000"), ("0.4", "0 11", "61.500 ± 0.707")]
+    ends = [("0.05", "0 11", "62.500 ± 0.707"), ("2", "0", "60.000"), ("10", "0 11", "61.500 ± 0.707")]
     assert shown == [("", "", "50.000"), *ends]
 
 
@@ -188,8 +189,8 @@ def test_a_sweep_is_drawn_over_its_first_flag(varied, sweep):
     rows = [row for row, _ in tables.tabulate(runs.read_runs([str(sweep)]), varied)]
     axis = plots.draw_sweep(rows).axes[0]
     drawn = {bars.get_label(): [*zip(*bars[0].get_data(), strict=True)] for bars in axis.containers}
-    by_weight = {"SpectralKD, s-id 0 11": [(0.05, 62.5), (0.4, 61.5)]}
-    by_ids = {"SpectralKD, w-fft 0.05": [("0 11", 62.5)], "SpectralKD, w-fft 0.4": [("0 11", 61.5)]}
+    by_weight = {"SpectralKD, s-id 0 11": [(0.05, 62.5), (10, 61.5)]}
+    by_ids = {"SpectralKD, w-fft 0.05": [("0 11", 62.5)], "SpectralKD, w-fft 10.0": [("0 11", 61.5)]}
     assert drawn == (by_weight if varied[0] == "w_fft" else by_ids)
     assert [*axis.lines[0].get_ydata()] == [50, 50]  # the control, for any value
 
