@@ -30,7 +30,7 @@ def run(*flags):
 FLAGS = [
     "--w-fft 0.05 --s-id 0 1 --t-id 2 3 --distillation-type soft --teacher-path {file}",
     "--no-model-ema --no-repeated-aug --ThreeAugment --cutmix-minmax 0.2 0.8 --opt-betas 0.9 0.95",
-    "--model-kwargs window_size=(7,7) act_layer=gelu scale=1e-05 flag=True name='3' none=None",
+    "--model-kwargs window_size=(7,7) act_layer=gelu scale=1e-05 flag=True name=\"'3'\" none=None",
     "--output_dir 'a folder # with signs' --aa rand-m9-mstd0.5-inc1 --seed 7 --warmup-epochs 0",
 ]
 
