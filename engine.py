@@ -305,6 +305,7 @@ def evaluate(
     """
     model.eval()
     prepare.eval()
+    index = None if classes is None else torch.tensor(classes, device=device)
     totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct1, correct5: counts stay exact
     images = 0
     # Shards differ by up to one image, so loaders may differ by one batch.
@@ -318,8 +319,8 @@ def evaluate(
         with autocast(device, amp_dtype):
             logits = model(prepare(inputs))
         logits = logits.float()
-        if classes is not None:
-            logits = logits[:, classes]
+        if index is not None:
+            logits = logits[:, index]
         if observe is not None:
             observe(logits)
         hits = (logits.topk(min(5, logits.shape[1])).indices == labels[:, None]).sum(dim=0)

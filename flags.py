@@ -72,6 +72,11 @@ def key_values(pairs: Sequence[str]) -> dict:
     return result
 
 
+def stored_kwargs(value: dict | list) -> dict:
+    """Return the model arguments of a checkpoint; runs before version 0.2 stored KEY=VALUE words."""
+    return key_values(value) if isinstance(value, list) else value
+
+
 class KeyValues(argparse.Action):
     """Collect KEY=VALUE words in a dict."""
 
@@ -297,8 +302,8 @@ def complete_args(args: Flags, stored: dict) -> Flags:
         UserError: the data set has no folder.
     """
     taken = {name: stored[name] for name in FROM_CHECKPOINT if name in stored and name not in args.given}
-    if isinstance(taken.get("model_kwargs"), list):  # of a run before version 0.2
-        taken["model_kwargs"] = key_values(taken["model_kwargs"])
+    if "model_kwargs" in taken:
+        taken["model_kwargs"] = stored_kwargs(taken["model_kwargs"])
     completed = Flags(**vars(args) | taken)
     completed.given = args.given
     check_data_path(completed)

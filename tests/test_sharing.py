@@ -11,10 +11,13 @@ from conftest import ROOT, distil, tiny_run
 from families import build, mae_file
 from processes import fork, strike
 
+import analyze
 import main
 import utils
 from flags import complete_args, parse_args, to_arg_lines
 from utils import UserError
+
+ANALYZE = ["--device", "cpu", "--num_workers", "0", "--num-images", "4"]
 
 
 def run(*flags):
@@ -27,7 +30,7 @@ def run(*flags):
 FLAGS = [
     "--w-fft 0.05 --s-id 0 1 --t-id 2 3 --distillation-type soft --teacher-path {file}",
     "--no-model-ema --no-repeated-aug --ThreeAugment --cutmix-minmax 0.2 0.8 --opt-betas 0.9 0.95",
-    "--model-kwargs window_size=(7,7) act_layer=gelu scale=1e-05 flag=True name='3' none=None",
+    "--model-kwargs window_size=(7,7) act_layer=gelu scale=1e-05 flag=True name=\"'3'\" none=None",
     "--output_dir 'a folder # with signs' --aa rand-m9-mstd0.5-inc1 --seed 7 --warmup-epochs 0",
 ]
 
@@ -134,6 +137,8 @@ def test_a_checkpoint_of_an_older_version_tells_its_model(tmp_path):
     torch.save({"model": build("vit_tiny_patch16_224").state_dict(), "args": args}, tmp_path / "old.pth")
     run("--export", tmp_path / "model", "--resume", tmp_path / "old.pth", "--input-size", 64)
     assert json.loads((tmp_path / "model/config.json").read_text())["model_args"]["depth"] == 2
+    words = ["--checkpoint", str(tmp_path / "old.pth"), "--input-size", "64", "--data-set", "GRATINGS", *ANALYZE]
+    analyze.main(analyze.get_args_parser().parse_args(words))
 
 
 # Fine-tuning
@@ -239,8 +244,6 @@ def my_resnet18(pretrained=False, num_classes=1000, **kwargs):
 @pytest.mark.slow
 def test_a_model_of_the_users_module_is_distilled(teacher_file, tmp_path, monkeypatch, capsys):
     """It is trained, evaluated from its checkpoint and analyzed."""
-    import analyze
-
     (tmp_path / "my_models.py").write_text(MY_MODELS)
     monkeypatch.chdir(tmp_path)
     own = ["--import", "my_models"]
@@ -250,7 +253,7 @@ def test_a_model_of_the_users_module_is_distilled(teacher_file, tmp_path, monkey
     stats = run("--eval", "--resume", tmp_path / "out/checkpoint.pth", *own, "--device", "cpu", "--num_workers", 0)
     line = json.loads((tmp_path / "out/log.txt").read_text())
     assert stats["acc1"] == pytest.approx(line["test_acc1"])
-    words = ["--checkpoint", str(tmp_path / "out"), *own, "--device", "cpu", "--num_workers", "0", "--num-images", "4"]
+    words = ["--checkpoint", str(tmp_path / "out"), *own, *ANALYZE]
     analyze.main(analyze.get_args_parser().parse_args(words))
     assert "my_resnet18" in capsys.readouterr().out
 
