@@ -25,15 +25,16 @@ def jpeg_loaders(args, folder):
     common.make_jpegs(folder, args.steps * args.batch_size * utils.world_size())
     transform = datasets.train_transform(args.input_size, aa=reference.AUGMENTATION)
     dataset = datasets.build_dataset("IMNET", "train", folder, transform)
-    order = samplers.RASampler(dataset, utils.world_size(), utils.rank())
+    strides = samplers.RASampler(dataset, utils.world_size(), utils.rank())
+    blocks = samplers.RASampler(dataset, utils.world_size(), utils.rank(), block=args.batch_size)
     common_options = {
         "batch_size": args.batch_size,
         "num_workers": args.num_workers,
         "pin_memory": args.device != "cpu",
     }
-    seeded, sampler = datasets.SeededDataset(dataset), samplers.SeededSampler(order, 0, utils.rank())
+    seeded, sampler = datasets.SeededDataset(dataset), samplers.SeededSampler(blocks, 0, utils.rank())
     return {
-        "reference": reference.loader(Path(folder) / "train", order, input_size=args.input_size, **common_options),
+        "reference": reference.loader(Path(folder) / "train", strides, input_size=args.input_size, **common_options),
         "fast": datasets.build_loader(seeded, sampler, drop_last=True, **common_options),
     }
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import jobs
 import torch
-from attention import fast_attention
 from torch.profiler import ProfilerActivity, profile
 
 import engine
 import spectral
 import utils
+from models import fast_attention
 
 ROOT = Path(__file__).resolve().parents[1]
 HALVES = (torch.float16, torch.bfloat16)

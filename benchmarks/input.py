@@ -29,10 +29,11 @@ def variants(folder, num_processes, args):
     """Return ({name: function that loads an epoch of the first process}, images per epoch)."""
     transform = datasets.train_transform(args.input_size, aa=reference.AUGMENTATION)
     dataset = datasets.build_dataset("IMNET", "train", folder, transform)
-    order = samplers.RASampler(dataset, num_processes, 0)
-    sampler = samplers.SeededSampler(order, 0, 0)
+    strides = samplers.RASampler(dataset, num_processes, 0)
+    blocks = samplers.RASampler(dataset, num_processes, 0, block=args.batch_size)
+    sampler = samplers.SeededSampler(blocks, 0, 0)
     fast = datasets.build_loader(datasets.SeededDataset(dataset), sampler, args.batch_size, 0, drop_last=True)
-    ordinary = reference.loader(Path(folder) / "train", order, args.batch_size, 0, args.input_size)
+    ordinary = reference.loader(Path(folder) / "train", strides, args.batch_size, 0, args.input_size)
     prepare = datasets.Prepare(MEAN, STD, reprob=0.25)
     return {
         "reference": lambda: run(ordinary),

@@ -75,10 +75,10 @@ def fast_job(args):
     ema = ModelEmaV3(model, own.model_ema_decay)
     hooks = spectral.FeatureHooks(model, student_ids)
     teacher = models.fast_attention(timm_model(args.teacher_model, args).to(device), args.teacher_attention)
-    criterion = builders.build_criterion(own, losses.FrozenTeacher(teacher, teacher_ids))
-    optimizer, scheduler, _ = builders.build_optimizer(own, model)
+    criterion = builders.build_criterion(own, model, losses.FrozenTeacher(teacher, teacher_ids))
+    optimizer, scheduler, _ = builders.build_optimizer(own, model, criterion)
     scaler = GradScaler(device.type) if amp_dtype == torch.float16 else ConstantScaler(device.type)
-    state = TrainState(model, optimizer, scheduler, scaler, ema, ["loss", *losses.TERMS])
+    state = TrainState(model, optimizer, scheduler, scaler, ema, ["loss", *losses.TERMS], criterion)
     state.parallel = builders.wrap_model(own, model, criterion, device)
     prepare = datasets.Prepare(*models.normalization(model), own.reprob, own.remode, own.recount, device)
     should_stop = faults.StopRequest()
@@ -111,7 +111,7 @@ def reference_job(args):
     criterion = losses.DistillationLoss(base, "soft", teacher, feature_loss=reference.spectral_loss)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.05)
     scaler = GradScaler(device.type, enabled=amp_dtype == torch.float16)
-    state = TrainState(model, optimizer, None, scaler, ema, ["loss", *losses.TERMS])
+    state = TrainState(model, optimizer, None, scaler, ema, ["loss", *losses.TERMS], criterion)
     if utils.world_size() > 1:
         state.parallel = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
     options = {"criterion": criterion, "hooks": hooks, "device": device, "amp_dtype": amp_dtype}

@@ -68,7 +68,8 @@ FLAGS_OF_OTHERS = {
     "--nproc_per_node",
     "--max-restarts",
     "--shm-size",
-    "--full", "--ipc",
+    "--full",
+    "--ipc",
     "--logdir",
     "--run",
 }  # torchrun, docker, tensorboard, recipes/sweep.py

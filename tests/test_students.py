@@ -185,10 +185,10 @@ def test_students_train_score_and_export_like_any_model(name, teacher_file, tmp_
     pairs = ["--s-id", "0", "3", "--t-id", "0", "5", "--teacher-path", teacher_file, "--teacher-kwargs", *TEACHER]
     train = tiny_run("--model", name, "--distillation-type", "soft", *pairs, "--output_dir", tmp_path)
     assert run_main(*train, processes=2).returncode == 0
-    best, exported = tmp_path / "checkpoint.pth", tmp_path / "weights.safetensors"
+    best, exported = tmp_path / "checkpoint.pth", tmp_path / "exported"
     scored = run_main(*tiny_run("--model", name, "--resume", best, "--eval"))
     logged = json.loads((tmp_path / "log.txt").read_text().splitlines()[-1])["test_acc1"]
     assert f"{logged:.3f}%" in scored.stdout
     assert run_main(*tiny_run("--model", name, "--resume", best, "--export", exported)).returncode == 0
     model = build(name, **TINY | {"depth": 4, "num_classes": 24})
-    timm.models.load_checkpoint(model, str(exported))
+    timm.models.load_checkpoint(model, str(exported / "model.safetensors"))
