@@ -28,8 +28,9 @@ import gpu_checks
 import jobs
 import timm
 import torch
-from attention import fast_attention
 from torch.profiler import ProfilerActivity, profile
+
+from models import fast_attention
 
 IMAGES_PER_EPOCH = 1_281_167
 STUDENTS = {  # student, teacher: epochs of the recipe
