@@ -23,7 +23,8 @@ FAMILIES = {
 def build(name, num_classes=5, *, seed=0, input_size=64, **kwargs):
     """Return a tiny model in eval mode."""
     torch.manual_seed(seed)
-    return perturbed(models.build_model(name, num_classes, input_size=input_size, kwargs=FAMILIES.get(name, {}) | kwargs))
+    kwargs = FAMILIES.get(name, {}) | kwargs
+    return perturbed(models.build_model(name, num_classes, input_size=input_size, kwargs=kwargs))
 
 
 @torch.no_grad()
