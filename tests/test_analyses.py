@@ -48,6 +48,16 @@ def test_ranks_are_the_released_ones(golden, size):
         assert found["pca_global_centered"][i] == golden[f"pca_centered_global_dims_{share}"]
 
 
+def test_dimensions_per_image_are_the_released_ones(golden):
+    tokens = torch.tensor(golden["features"], dtype=torch.float64)
+    basis = torch.linalg.eigh(torch.einsum("bnc,bnd->cd", tokens, tokens))[1].flip(1)
+    svd = analyses.dimensions(analyses.squared_singular_values(tokens))
+    pca = analyses.dimensions((tokens @ basis).square().sum(1))
+    for i, share in enumerate(SHARES):
+        assert svd[:, i].tolist() == golden[f"svd_dims_{share}"].tolist()
+        assert pca[:, i].tolist() == golden[f"pca_dims_{share}"].tolist()
+
+
 @pytest.mark.parametrize("shape", [(2, 5, 9), (2, 9, 5)])
 def test_squared_singular_values_are_those_of_the_svd(shape):
     tokens = torch.randn(shape, dtype=torch.float64)
