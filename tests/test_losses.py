@@ -12,6 +12,7 @@ from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy
 from torch import nn
 
+from baselines import build_feature_loss
 from losses import TERMS, DistillationLoss, FrozenTeacher, hard_distillation, renormalization, soft_distillation
 from spectral import SPECTRAL_IMPLEMENTATIONS, mse_loss, spectral_loss
 
@@ -42,9 +43,6 @@ def batch():
 def loss_of(batch, kind, base=smoothed, **options):
     criterion = DistillationLoss(base, kind, lambda _: (batch["teacher"], batch["teacher_maps"]), **options)
     return criterion(None, batch["student"], batch["student_maps"], batch["labels"])
-
-
-# Terms
 
 
 @pytest.mark.parametrize("implementation", SPECTRAL_IMPLEMENTATIONS)
@@ -170,26 +168,12 @@ def test_logits_are_distilled_without_maps(batch):
     assert terms["loss_dist"] > 0
 
 
-class Projected(nn.Module):
-    """A feature loss with parameters: a learned projection of the student's channels."""
-
-    def __init__(self):
-        super().__init__()
-        self.project = nn.Conv2d(4, 8, 1)
-
-    def forward(self, student, teacher):
-        return mse_loss(self.project(student), teacher)
-
-
 def test_a_feature_loss_may_have_parameters_per_pair(batch):
-    losses = nn.ModuleList([Projected(), Projected()])
+    losses = build_feature_loss("projector_trained", [4, 4], [8, 8])
     terms = loss_of(batch, "fft", w_fft=1.0, feature_loss=losses)
     pairs = [loss(s, t) for loss, s, t in zip(losses, batch["student_maps"], batch["teacher_maps"], strict=True)]
     torch.testing.assert_close(terms["loss_fft"], (pairs[0] + pairs[1]) / 2, rtol=1e-6, atol=0)
     assert list(DistillationLoss(smoothed, feature_loss=losses).parameters()) == list(losses.parameters())
-
-
-# Teacher
 
 
 @pytest.fixture

@@ -112,9 +112,6 @@ def test_batch_norm_is_found(name, found):
     assert models.has_batch_norm(build(name)) is found
 
 
-# Names of classes
-
-
 def resnet_of_file(path, num_classes, config, pretrained=True):
     """Return a ResNet for whose pretrained weights timm takes random ones from a file."""
     config = {"file": str(path / "weights.pth"), "num_classes": num_classes, **config}
@@ -141,9 +138,6 @@ def test_class_names_are_those_of_the_weights(config, num_classes, pretrained, n
     found = models.class_names(model, name, pretrained, num_classes)
     assert (found and found[:2]) == names
     assert found is None or len(found) == num_classes
-
-
-# Teachers
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,6 @@ from torch.utils.data import DistributedSampler
 from samplers import RASampler, SeededSampler, ShardSampler
 from utils import counter_seed
 
-# Repeated augmentation
-
 
 def test_ra_deals_the_indices_of_the_original():
     cases = json.loads((ROOT / "tests/golden/repeated_augmentation.json").read_text())
@@ -76,9 +74,6 @@ def test_blocks_need_a_third_of_the_decodes(replicas, batch, strided):
 
     assert decodes() == pytest.approx(strided, abs=0.002)
     assert decodes(block=batch) <= (batch + 4) / 3 / batch  # a block may begin and end within the copies of an image
-
-
-# Shards and seeds
 
 
 @pytest.mark.parametrize("size", range(18))
