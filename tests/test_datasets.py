@@ -18,24 +18,14 @@ from conftest import jpeg_folder
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.auto_augment import AutoAugment, RandAugment
-from timm.data.transforms import RandomResizedCropAndInterpolation
+from timm.data.transforms import RandomResizedCropAndInterpolation as RandomResizedCrop
 from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.datasets import CIFAR100, ImageFolder
 from torchvision.datasets.folder import default_loader
 
-from datasets import (
-    BadImageError,
-    BoundedResize,
-    LastImage,
-    Prepare,
-    SeededDataset,
-    build_dataset,
-    check_images,
-    eval_transform,
-    match_classes,
-    train_transform,
-)
+import datasets
+from datasets import BadImageError, SeededDataset, build_dataset, eval_transform, train_transform
 from gratings import GRATINGS_SIZES, Gratings
 from loaders import LoaderError, build_loader, warn_if_shm_is_small
 from samplers import RASampler, SeededSampler
@@ -55,8 +45,6 @@ def assert_same_pixels(image, expected):
     np.testing.assert_array_equal(np.asarray(image), np.asarray(expected))
 
 
-# GRATINGS
-
 GRATINGS_DIGEST = "87d2713258d8c49670e0d6eff4b23fd11b99dab2999f4700605b49fb8fb33cbd"
 
 
@@ -75,9 +63,6 @@ def test_gratings_are_balanced_rgb_images():
     assert Counter(labels(images)) == dict.fromkeys(range(24), 2)
     image, label = images[30]
     assert (image.mode, image.size, label) == ("RGB", (32, 32), 6)
-
-
-# Files
 
 
 def test_class_folders_list_the_samples_of_torchvision(tmp_path):
@@ -157,7 +142,7 @@ def test_wrong_class_folders_are_named(classes, empty, message, tmp_path):
     ids=["subset", "own numbers", "numbers", "Unicode", "twice elsewhere"],
 )
 def test_classes_are_matched_by_name(found, known, expected):
-    assert match_classes(found, known) == expected
+    assert datasets.match_classes(found, known) == expected
 
 
 @pytest.mark.parametrize(
@@ -175,7 +160,7 @@ def test_classes_are_matched_by_name(found, known, expected):
 )
 def test_classes_that_do_not_match_are_refused(found, known, message):
     with pytest.raises(ValueError, match=message):
-        match_classes(found, known)
+        datasets.match_classes(found, known)
 
 
 @pytest.mark.parametrize(("split", "file"), [("train", "train"), ("val", "test")])
@@ -254,7 +239,7 @@ def test_the_last_image_is_decoded_once(tmp_path):
     paths = [tmp_path / f"{mode}.jpg" for mode in ("RGB", "CMYK")]
     for path in paths:
         picture(0).convert(path.stem).save(path)
-    load = LastImage()
+    load = datasets.LastImage()
     first = load(paths[0])
     assert load(paths[0]) is first
     for path in (paths[1], paths[0]):
@@ -282,21 +267,21 @@ def test_deep_images_are_scaled_and_not_clipped(tmp_path, pixels, mode):
     image.save(tmp_path / "image.tif")
     with Image.open(tmp_path / "image.tif") as saved:
         assert saved.mode == mode
-    loaded = LastImage()(tmp_path / "image.tif")
+    loaded = datasets.LastImage()(tmp_path / "image.tif")
     assert loaded.mode == "RGB"
     assert_same_pixels(loaded, np.arange(256).reshape(16, 16, 1).repeat(3, axis=2))
 
 
 def test_a_constant_deep_image_is_not_divided_by_zero(tmp_path):
     Image.fromarray(np.full((2, 2), -3, dtype=np.float32)).save(tmp_path / "image.tif")
-    assert np.asarray(LastImage()(tmp_path / "image.tif")).max() == 0
+    assert np.asarray(datasets.LastImage()(tmp_path / "image.tif")).max() == 0
 
 
 def test_a_damaged_file_is_named_every_time(tmp_path):
     picture(0).save(tmp_path / "good.jpg")
     (tmp_path / "bad.jpg").write_bytes((tmp_path / "good.jpg").read_bytes()[:300])
     Image.fromarray(np.array([[0, np.nan]], dtype=np.float32)).save(tmp_path / "nan.tif")
-    load = LastImage()
+    load = datasets.LastImage()
     for name in ("bad.jpg", "bad.jpg", "nan.tif"):  # the second time must not find half an image
         with pytest.raises(BadImageError, match=rf"cannot read image .*{name}"):
             load(tmp_path / name)
@@ -311,14 +296,14 @@ def test_prepare_gives_the_bits_of_totensor_and_normalize():
     mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     reference = transforms.Compose([transforms.ToTensor(), transforms.Normalize(mean, std)])
     expected = torch.stack([reference(Image.fromarray(image.permute(1, 2, 0).numpy())) for image in pixels])
-    torch.testing.assert_close(Prepare(mean, std)(pixels), expected, rtol=0, atol=0)
+    torch.testing.assert_close(datasets.Prepare(mean, std)(pixels), expected, rtol=0, atol=0)
     assert (pixels == torch.arange(256).view(16, 16)).all()
 
 
 def test_prepare_erases_only_in_training():
-    prepare = Prepare([0.5] * 3, [0.25] * 3, reprob=1.0, remode="const", recount=2)
+    prepare = datasets.Prepare([0.5] * 3, [0.25] * 3, reprob=1.0, remode="const", recount=2)
     pixels = torch.full((4, 3, 24, 24), 200, dtype=torch.uint8)
-    whole = Prepare([0.5] * 3, [0.25] * 3)(pixels)
+    whole = datasets.Prepare([0.5] * 3, [0.25] * 3)(pixels)
     torch.testing.assert_close(prepare.eval()(pixels), whole, rtol=0, atol=0)
     images = prepare.train()(pixels)
     erased = (images != whole).flatten(1).float().mean(dim=1)
@@ -331,7 +316,7 @@ def kinds(transform):
     return [tuple(kinds(part)) if isinstance(part, transforms.Compose) else type(part) for part in transform.transforms]
 
 
-CROP, SIMPLE_CROP = RandomResizedCropAndInterpolation, (BoundedResize, transforms.RandomCrop)
+CROP, SIMPLE_CROP = RandomResizedCrop, (datasets.BoundedResize, transforms.RandomCrop)
 FLIP, JITTER = transforms.RandomHorizontalFlip, transforms.ColorJitter
 
 
@@ -389,14 +374,14 @@ def test_evaluation_has_the_bits_of_resize_and_center_crop(size, input_size, rat
 def test_the_part_of_a_panorama_is_that_of_the_whole(size, input_size, monkeypatch):
     image, transform = picture(1, size), eval_transform(input_size)
     whole = np.asarray(transform(image)).astype(int)
-    monkeypatch.setattr(BoundedResize, "LIMIT", 2**17)
+    monkeypatch.setattr(datasets.BoundedResize, "LIMIT", 2**17)
     difference = abs(np.asarray(transform(image)).astype(int) - whole)
     assert difference.max() <= 2  # PIL rounds the position of the part
     assert (difference > 0).mean() < 1e-3
 
 
 def test_training_takes_a_random_part_of_a_panorama(monkeypatch):
-    monkeypatch.setattr(BoundedResize, "LIMIT", 2**12)
+    monkeypatch.setattr(datasets.BoundedResize, "LIMIT", 2**12)
     image = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(256, 1)).convert("RGB").resize((2, 5120))
     transform = train_transform(64, simple_crop=True, hflip=0.0)
     means = [np.asarray(transform(image)).mean() for _ in range(20)]
@@ -404,9 +389,7 @@ def test_training_takes_a_random_part_of_a_panorama(monkeypatch):
 
 
 @pytest.mark.parametrize("size", [(20_000, 2), (1, 5000)])
-@pytest.mark.parametrize(
-    "transform", [eval_transform(224), train_transform(224), train_transform(64, simple_crop=True)]
-)
+@pytest.mark.parametrize("transform", [eval_transform(224), train_transform(64, simple_crop=True)])
 def test_a_panorama_takes_little_memory(size, transform):
     """Resized as a whole it takes up to 2 GB. With 256 MiB of address space left that is a MemoryError."""
     limits = resource.getrlimit(resource.RLIMIT_AS)
@@ -463,9 +446,6 @@ def test_the_last_batch_is_dropped_where_asked(drop_last, sizes):
     assert [len(batch) for _, batch in loader] == sizes
 
 
-# Damaged files
-
-
 def test_the_next_readable_sample_replaces_a_damaged_one(capsys):
     images = SeededDataset(RandomImages(bad={2, 3, 7, 11}), bad_images=3)
     assert images[2, 0][1] == 4
@@ -495,11 +475,11 @@ def test_a_sample_of_the_files_is_checked(tmp_path):
     jpeg_folder(tmp_path, splits=["val"])
     images = build_dataset("IMNET", "val", tmp_path, transform=lambda _: pytest.fail("only decoding is needed"))
     (tmp_path / "val/bee/0.jpg").write_text("no image")
-    check_images(images, num=1)
+    datasets.check_images(images, num=1)
     for num in (2, 5, 100):
         with pytest.raises(BadImageError, match=r"cannot read image .*bee/0\.jpg"):
-            check_images(images, num)
-    check_images(Gratings("val", 10**13))
+            datasets.check_images(images, num)
+    datasets.check_images(Gratings("val", 10**13))
 
 
 def test_damaged_files_are_counted_over_the_workers():
@@ -513,9 +493,6 @@ def test_damaged_files_are_counted_over_the_workers():
         epoch(2)
     # Its frames hold the workers in a cycle, and the garbage collector takes five seconds to stop each.
     traceback.clear_frames(error.tb)
-
-
-# Shared memory and open files
 
 
 def test_a_batch_that_cannot_be_shared_is_an_error():

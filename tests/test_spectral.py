@@ -9,21 +9,12 @@ from conftest import ROOT
 from families import build, images
 from torch import nn
 
-from spectral import (
-    FEATURE_LOSSES,
-    SPECTRAL_IMPLEMENTATIONS,
-    FeatureHooks,
-    align,
-    describe_blocks,
-    mse_loss,
-    spectral_loss,
-)
+import spectral
+from spectral import SPECTRAL_IMPLEMENTATIONS, FeatureHooks, align
 
-LOSSES = SPECTRAL_IMPLEMENTATIONS | {"mse": FEATURE_LOSSES["mse"]}
+LOSSES = SPECTRAL_IMPLEMENTATIONS | {"mse": spectral.mse_loss}
 each_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 each_implementation = pytest.mark.parametrize("loss", SPECTRAL_IMPLEMENTATIONS.values(), ids=SPECTRAL_IMPLEMENTATIONS)
-
-# Hooks
 
 
 def vit_maps(model, x):
@@ -50,7 +41,7 @@ def swin_maps(model, x):
 
 def timm_maps(model, x):
     maps = model.forward_intermediates(x, intermediates_only=True)
-    return maps[-len(describe_blocks(model)) :]  # timm 1.0.11 also returns ConvNeXt's stem
+    return maps[-len(spectral.describe_blocks(model)) :]  # timm 1.0.11 also returns ConvNeXt's stem
 
 
 DEPTHS = {"depth": 4}
@@ -77,7 +68,7 @@ def test_maps_are_the_raw_block_outputs(name):
     hooks = FeatureHooks(model, range(len(expected)))
     model(x)
     maps = hooks.pop()
-    for got, wanted, block in zip(maps, expected, describe_blocks(model), strict=True):
+    for got, wanted, block in zip(maps, expected, spectral.describe_blocks(model), strict=True):
         torch.testing.assert_close(got, wanted, rtol=0, atol=0)
         assert got.shape[1] == block["num_chs"]
         assert got.shape[3] * 2 == got.shape[2] * 3
@@ -142,9 +133,6 @@ def test_gradients_flow_from_a_map_to_earlier_blocks_only(deit):
     assert [block.mlp.fc2.weight.grad is not None for block in deit.blocks] == [True, True, False, False]
 
 
-# Alignment
-
-
 def naive_pool(x, size, dim):
     """Mean over the bins [floor(i n / m), ceil((i + 1) n / m)) along one dimension, in float64."""
     n = x.shape[dim]
@@ -181,8 +169,6 @@ def test_maps_of_different_batch_sizes_are_refused():
     with pytest.raises(ValueError, match="2 images and the teacher's 3"):
         align(*pair((2, 4, 3, 3), (3, 4, 3, 3)))
 
-
-# Losses
 
 SHAPES = [
     *((2, 3, 4, 4), (2, 3, 5, 5), (1, 2, 3, 6), (3, 2, 6, 3)),
@@ -250,9 +236,9 @@ def test_loss_is_weighted_mse_plus_a_penalty_on_row_means(shape):
     if width % 2 == 0:
         rows = rows + (d * (-1.0) ** torch.arange(width)).sum(-1).square().sum() / width
     penalty = rows / (4 * d.numel() / width * (width // 2 + 1))
-    mse = mse_loss(student, teacher).double()
+    mse = spectral.mse_loss(student, teacher).double()
     torch.testing.assert_close(mse, d.square().mean() * width / (4 * (width // 2 + 1)), rtol=1e-6, atol=0)
-    torch.testing.assert_close(spectral_loss(student, teacher).double(), mse + penalty, rtol=1e-6, atol=0)
+    torch.testing.assert_close(spectral.spectral_loss(student, teacher).double(), mse + penalty, rtol=1e-6, atol=0)
 
 
 @each_loss
