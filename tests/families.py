@@ -42,3 +42,10 @@ def images(height=64, width=None):
 @torch.no_grad()
 def assert_same_function(one, other, size=64):
     torch.testing.assert_close(one(images(size)), other(images(size)), rtol=0, atol=0)
+
+
+def mae_file(source):
+    """Return what a MAE file holds: no head, but a decoder and a mask token."""
+    weights = {key: value for key, value in source.state_dict().items() if not key.startswith("head")}
+    extra = ("mask_token", "decoder_pos_embed", "decoder_blocks.0.norm1.weight", "decoder_blocks.0.norm1.bias")
+    return weights | {key: torch.ones(1, 1, 8) for key in extra}
