@@ -103,7 +103,6 @@ def mse_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 SPECTRAL_IMPLEMENTATIONS: dict[str, Callable] = {"closed": closed_spectral_loss, "fft": spectral_loss}  # same value
-FEATURE_LOSSES: dict[str, Callable] = {"spectral": closed_spectral_loss, "mse": mse_loss}
 
 
 def align(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

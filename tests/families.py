@@ -11,12 +11,7 @@ FAMILIES = {
     "deit3_small_patch16_224": VIT,
     "vit_tiny_patch16_224": VIT,
     "cait_s24_224": VIT,
-    "swin_tiny_patch4_window7_224": {
-        "window_size": 2,
-        "embed_dim": 12,
-        "depths": (1, 1, 1, 1),
-        "num_heads": (1, 2, 3, 4),
-    },
+    "swin_tiny_patch4_window7_224": {"window_size": 2, "embed_dim": 12, "depths": (1,) * 4, "num_heads": (1, 2, 3, 4)},
     "hiera_tiny_224": {"embed_dim": 16, "stages": (1, 1, 1, 1)},
     "levit_128s": {"embed_dim": (16, 16, 16), "num_heads": (1, 1, 1), "depth": (1, 1, 1), "key_dim": 8},
     "resnet18": {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16)},
@@ -26,18 +21,22 @@ FAMILIES = {
 
 
 def build(name, num_classes=5, *, seed=0, input_size=64, **kwargs):
-    """Return a tiny model in eval mode; no parameter is zero, because zeros hide mistakes."""
+    """Return a tiny model in eval mode."""
     torch.manual_seed(seed)
     kwargs = FAMILIES.get(name, {}) | kwargs
-    model = models.build_model(name, num_classes, input_size=input_size, kwargs=kwargs).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.02)
-    return model
+    return perturbed(models.build_model(name, num_classes, input_size=input_size, kwargs=kwargs))
 
 
-def images(size=64):
-    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+@torch.no_grad()
+def perturbed(model):
+    """Return a model in eval mode of which no parameter is zero, because zeros hide mistakes."""
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    return model.eval()
+
+
+def images(height=64, width=None):
+    return torch.randn(2, 3, height, width or height, generator=torch.Generator().manual_seed(1))
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ GOLDEN = ROOT / "tests" / "golden"
 SHARES = (80, 90, 95, 99)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def golden():
     return np.load(GOLDEN / "ranks.npz")
 
@@ -72,11 +72,10 @@ def test_dimensions_per_image_are_the_released_ones(golden):
         assert pca[:, i].tolist() == golden[f"pca_dims_{share}"].tolist()
 
 
-def test_squared_singular_values_are_those_of_the_svd():
-    for shape in ((2, 5, 9), (2, 9, 5)):
-        tokens = torch.randn(shape, dtype=torch.float64)
-        expected = torch.linalg.svdvals(tokens).square()
-        torch.testing.assert_close(analyses.squared_singular_values(tokens), expected)
+@pytest.mark.parametrize("shape", [(2, 5, 9), (2, 9, 5)])
+def test_squared_singular_values_are_those_of_the_svd(shape):
+    tokens = torch.randn(shape, dtype=torch.float64)
+    torch.testing.assert_close(analyses.squared_singular_values(tokens), torch.linalg.svdvals(tokens).square())
 
 
 def test_a_share_met_exactly_counts():

@@ -5,16 +5,16 @@ PYTHONPATH=. python tests/test_families.py > docs/families.md
 
 import collections
 import re
-from pathlib import Path
 
 import pytest
 import timm
 import torch
-from test_spectral import CAIT, SWIN, VIT, build, random_images
+from conftest import ROOT
+from families import build, images, perturbed
 
 from spectral import FeatureHooks, check_raster_order, describe_blocks
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "families.md"
+DOCUMENT = ROOT / "docs" / "families.md"
 # One small model per timm family (a family is a module of timm.models).
 MODELS = re.findall(
     r"\w+",
@@ -45,26 +45,26 @@ KWARGS = {
     "qwen3_vit_88m": {"depth": 2, "embed_dim": 64, "num_heads": 2},
 }
 SIZES = {"sam2_hiera_tiny": 256, "csatv2": 256}  # smaller than their default
-HIERA = {"img_size": (64, 96), "embed_dim": 8, "num_heads": 1, "stages": (1, 1, 2, 1)}
+
+
+def native(name, **kwargs):
+    """Return a timm model of its own depth and width where KWARGS has none, and a random image of its own size."""
+    torch.manual_seed(0)
+    model = perturbed(timm.create_model(name, num_classes=5, **KWARGS.get(name, {}) | kwargs))
+    return model, images(SIZES.get(name, model.default_cfg["input_size"][-1]))[:1]
 
 
 def examine(name):
     """Return (number of blocks, ids of those with maps, the other blocks' errors) of a timm model."""
-    model = build(name, **KWARGS.get(name, {}))
-    size = SIZES.get(name, model.default_cfg["input_size"][-1])
-    images = random_images(size, size)[:1]
+    model, x = native(name)
     try:
         count = len(describe_blocks(model))
     except ValueError as error:
         return 0, [], [str(error)]
-    try:
-        check_raster_order(model, images, range(count))
-        return count, list(range(count)), []
-    except ValueError:
-        working, errors = [], []
+    working, errors = [], []
     for i in range(count):
         try:
-            check_raster_order(model, images, [i])
+            check_raster_order(model, x, [i])
             working.append(i)
         except ValueError as error:
             errors.append(str(error))
@@ -114,63 +114,51 @@ def test_every_family_has_right_maps_or_a_true_reason(capsys):
         assert text == document(families)
 
 
-@pytest.mark.parametrize(
-    ("name", "kwargs"),
-    [
-        *(("deit_tiny_patch16_224", VIT), ("cait_s24_224", CAIT), ("swin_tiny_patch4_window7_224", SWIN)),
-        *(("convnext_atto", {}), ("resnet18", {}), ("levit_128s", {}), ("samvit_base_patch16_224", TINY_VIT)),
-    ],
-)
-def test_raster_order_of_common_families_is_accepted(name, kwargs):
-    model = build(name, **kwargs).train()
-    check_raster_order(model, random_images(*kwargs.get("img_size", (224, 224))), range(len(describe_blocks(model))))
+COMMON = ["deit_tiny_patch16_224", "cait_s24_224", "swin_tiny_patch4_window7_224", "convnext_atto", "resnet18"]
+
+
+@pytest.mark.parametrize("name", [*COMMON, "samvit_base_patch16_224"])
+def test_raster_order_of_common_families_is_accepted(name):
+    model = build(name, input_size=(64, 96), **KWARGS.get(name, {})).train()
+    check_raster_order(model, images(64, 96), range(len(describe_blocks(model))))
     assert model.training
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_tokens_in_another_order_are_refused():
     """Hiera unrolls its tokens: blocks before the last stage hold the right values in the wrong places."""
-    model, images = build("hiera_tiny_224", **HIERA), random_images(64, 96)
-    hooks = FeatureHooks(model, [3])
-    model(images)
-    (expected,) = model.forward_intermediates(images, indices=[3], intermediates_only=True)
-    torch.testing.assert_close(hooks.pop()[0], expected, rtol=0, atol=0)
-    check_raster_order(model, images, [3])
+    model, x = build("hiera_tiny_224", input_size=(64, 96), stages=(1, 1, 2, 1)), images(64, 96)
+    check_raster_order(model, x, [3])
     for i in range(3):
         with pytest.raises(ValueError, match=rf"block {i} of Hiera has no map: .*tokens not in raster order"):
-            check_raster_order(model, images, [3, i])
+            check_raster_order(model, x, [3, i])
 
 
 REASONS = {
     "pit_ti_224": r"returns a tuple, not \(B, N, C\)",
     "crossvit_tiny_240": r"returns a list, not \(B, N, C\)",
     "coat_tiny": "forward does not call this module",
-    "mvitv2_tiny": "there is no module 'block.0'",
     "twins_svt_small": "there is no module 'block.0'",
 }
 
 
-@pytest.mark.parametrize("name", sorted(REASONS))
+@pytest.mark.parametrize("name", REASONS)
 def test_the_error_names_why_a_block_has_no_map(name):
-    model = build(name)
-    images = random_images(*model.default_cfg["input_size"][1:])[:1]
     with pytest.raises(ValueError, match=f"has no map.*: .*({REASONS[name]}|no feature_info)") as error:
-        check_raster_order(model, images, [0])
+        check_raster_order(*native(name), [0])
     assert "\n" not in str(error.value)
-    assert "input" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "eva02_tiny_patch14_224"])
 def test_tokens_dropped_in_training_are_refused(name):
     """When the hooks are made, or at the latest in a forward; in eval mode no tokens are dropped."""
-    model = build(name, patch_drop_rate=0.5, **TINY_VIT).train()
+    model, x = native(name, patch_drop_rate=0.5, **TINY_VIT)
     with pytest.raises(ValueError, match=r"drops tokens in training.*set patch_drop_rate to 0"):
-        FeatureHooks(model, [0])
-    images = random_images(*model.default_cfg["input_size"][1:])
-    check_raster_order(model, images, [0, 1])
+        FeatureHooks(model.train(), [0])
+    check_raster_order(model, x, [0, 1])
     FeatureHooks(model.eval(), [0])
     with pytest.raises(ValueError, match=r"has no map: it returns \d+ tokens for a (14 x 14|16 x 16|24 x 24) grid"):
-        model.train()(images)
+        model.train()(x)
 
 
 if __name__ == "__main__":

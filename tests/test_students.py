@@ -1,7 +1,6 @@
 """Lift and WideLast: the released outputs, names and sizes, and what timm's models can do."""
 
 import json
-import zlib
 
 import numpy as np
 import pytest
@@ -25,87 +24,27 @@ def build(name, **kwargs):
     return timm.create_model(name, **kwargs).eval()
 
 
-def weights_of_names(keys):
-    """Perturbed float32 weights that depend on the names and shapes alone."""
-    weights = {}
-    for name, shape in keys:
-        noise = np.random.RandomState(zlib.crc32(name.encode())).normal(size=shape)
-        is_norm = "norm" in name and name.endswith("weight")
-        weights[name] = torch.tensor(1 + 0.1 * noise if is_norm else 0.05 * noise, dtype=torch.float32)
-    return weights
-
-
-def reference(weights, images, heads):
-    """(logits, map of the last block) by the formulas, in float64 numpy, from weights under their released names."""
-    lift = "base_model.cls_token" in weights
-    base = {name.removeprefix("base_model."): value for name, value in weights.items() if name.startswith("base_model")}
-    w = {name: np.float64(value) for name, value in (base | weights).items()}
-
-    def norm(x, name, eps=1e-6):
-        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps)
-        return x * w[f"{name}.weight"] + w[f"{name}.bias"]
-
-    def linear(x, name):
-        return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)
-
-    kernel = w["patch_embed.proj.weight"]
-    batch, grid, size = len(images), images.shape[-1] // kernel.shape[-1], kernel.shape[-1]
-    patches = images.reshape(batch, 3, grid, size, grid, size).transpose(0, 2, 4, 1, 3, 5).reshape(batch, grid**2, -1)
-    x = patches @ kernel.reshape(len(kernel), -1).T + w["patch_embed.proj.bias"]
-    x = np.concatenate((np.repeat(w["cls_token"], batch, 0), x), 1) + w["pos_embed"]
-    for i, count in enumerate(heads):
-        block = f"blocks.{i}"
-        if f"{block}.proj_in.weight" in w:
-            x = norm(linear(x, f"{block}.proj_in"), f"{block}.proj_norm")
-        qkv = linear(norm(x, f"{block}.norm1"), f"{block}.attn.qkv")
-        q, k, v = qkv.reshape(batch, -1, 3, count, x.shape[-1] // count).transpose(2, 0, 3, 1, 4)
-        scores = np.exp(q @ k.swapaxes(-1, -2) / q.shape[-1] ** 0.5)
-        mixed = (scores / scores.sum(-1, keepdims=True)) @ v
-        x = x + linear(mixed.swapaxes(1, 2).reshape(x.shape), f"{block}.attn.proj")
-        hidden = torch.tensor(linear(norm(x, f"{block}.norm2"), f"{block}.mlp.fc1"))
-        x = x + linear(torch.nn.functional.gelu(hidden).numpy(), f"{block}.mlp.fc2")
-    last = len(heads) - 1
-    feature = norm(linear(x[:, 1:], f"projections.{last}"), f"layer_norms.{last}", 1e-5) if lift else x[:, 1:]
-    pooled = feature.mean(1) if lift else norm(x[:, 0], "norm")
-    return linear(pooled, "head"), feature.swapaxes(1, 2).reshape(batch, -1, grid, grid)
-
-
-def run(model, weights, images, *ids):
-    """(logits, maps of the blocks) of the model with these weights."""
-    models.load_weights(model, weights)
-    hooks = FeatureHooks(model, ids)
-    with torch.no_grad():
-        logits = model.to(images.dtype)(images)
-    return logits.numpy(), [maps.numpy() for maps in hooks.pop()]
-
-
 @pytest.mark.parametrize(("name", "file"), [(LIFT, "lift_tiny"), (WIDELAST, "widelast_tiny")])
 @pytest.mark.parametrize(("dtype", "suffix", "rtol"), [(torch.float64, "", 1e-9), (torch.float32, "_f32", 1e-5)])
+@torch.no_grad()
 def test_outputs_are_those_of_the_released_program(name, file, dtype, suffix, rtol):
-    golden = np.load(GOLDEN / f"{file}.npz")
-    weights = {key[3:]: torch.tensor(golden[key]) for key in golden if key.startswith("sd/")}
-    logits, maps = run(build(name, **TINY), weights, torch.tensor(golden["input"], dtype=dtype), 10, 11)
-    for value, key in zip((logits, *maps), ("logits", "feature_10", "feature_11"), strict=True):
+    golden, model = np.load(GOLDEN / f"{file}.npz"), build(name, **TINY)
+    models.load_weights(model, {key[3:]: torch.tensor(golden[key]) for key in golden if key.startswith("sd/")})
+    hooks = FeatureHooks(model, [10, 11])
+    logits = model.to(dtype)(torch.tensor(golden["input"], dtype=dtype))
+    for value, key in zip((logits, *hooks.pop()), ("logits", "feature_10", "feature_11"), strict=True):
         expected = golden[key + suffix]
         np.testing.assert_allclose(value, expected, rtol=0, atol=rtol * np.abs(expected).max())
 
 
 @pytest.mark.parametrize(
-    ("name", "keys", "kwargs", "heads"),
-    [
-        (LIFT, "lift", {}, [3] * 12),
-        (WIDELAST, "widelast", {}, [3] * 11 + [6]),
-        (WIDELAST, "widelast_linear_tiny", LINEAR, LINEAR["heads"]),
-    ],
+    ("name", "keys", "kwargs"),
+    [(LIFT, "lift", {}), (WIDELAST, "widelast", {}), (WIDELAST, "widelast_linear_tiny", LINEAR)],
 )
-def test_released_names_load_and_give_the_formulas_output(name, keys, kwargs, heads):
-    model, weights = build(name, **kwargs), weights_of_names(KEYS[keys])
-    size = model.patch_embed.img_size[0]
-    images = np.random.RandomState(0).normal(size=(1, 3, size, size))
-    expected, expected_map = reference(weights, images, heads)
-    logits, (maps,) = run(model, weights, torch.tensor(images, dtype=torch.float32), len(heads) - 1)
-    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
-    np.testing.assert_allclose(maps, expected_map, rtol=0, atol=1e-5 * np.abs(expected_map).max())
+def test_released_names_and_shapes_load(name, keys, kwargs):
+    model = build(name, **kwargs)
+    models.load_weights(model, {name: torch.full(shape, 0.5) for name, shape in KEYS[keys]})
+    assert all((parameter == 0.5).all() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -169,13 +108,17 @@ def test_own_weights_load_at_another_size_and_class_count(name):
     torch.testing.assert_close(target.blocks[11].mlp.fc1.weight, source.blocks[11].mlp.fc1.weight)
 
 
-def test_widths_heads_and_depth_must_agree():
-    with pytest.raises(ValueError, match="3 widths and 2 heads for 3 blocks"):
-        students.WideLast([24, 24, 48], [3, 6])
-    with pytest.raises(ValueError, match="2 widths and 2 heads for 12 blocks"):
-        students.WideLast([24, 48], depth=12)
-    with pytest.raises(ValueError, match="no further prefix token"):
-        students.Lift(reg_tokens=2)
+@pytest.mark.parametrize(
+    ("student", "kwargs", "message"),
+    [
+        (students.WideLast, {"widths": [24, 24, 48], "heads": [3, 6]}, "3 widths and 2 heads for 3 blocks"),
+        (students.WideLast, {"widths": [24, 48], "depth": 12}, "2 widths and 2 heads for 12 blocks"),
+        (students.Lift, {"reg_tokens": 2}, "no further prefix token"),
+    ],
+)
+def test_arguments_that_do_not_agree_are_refused(student, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        student(**kwargs)
 
 
 @pytest.mark.slow
