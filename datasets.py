@@ -47,18 +47,18 @@ def build_dataset(
     """Build one split of a data set.
 
     Args:
-        name: One of DATA_SETS.
+        name: one of DATA_SETS.
         split: "train" or "val".
-        path: Folder of the data; unused by GRATINGS.
-        transform: Maps an RGB PIL image to the image of the sample.
-        inat_category: Taxonomic level that is the class (INAT, INAT19).
-        num_images: Size of the split (GRATINGS); None for its default.
+        path: folder of the data; unused by GRATINGS.
+        transform: maps an RGB PIL image to the image of the sample.
+        inat_category: taxonomic level that is the class (INAT, INAT19).
+        num_images: size of the split (GRATINGS); None for its default.
 
     Returns:
         A map-style data set of (image, label) whose `classes` is the list of class names.
 
     Raises:
-        ValueError, FileNotFoundError, RuntimeError: The data are not as expected; one line.
+        ValueError, FileNotFoundError, RuntimeError: the data are not as expected; one line.
     """
     if name == "GRATINGS":
         return Gratings(split, num_images or GRATINGS_SIZES[split], transform=transform)
@@ -93,12 +93,12 @@ def match_classes(found: Sequence[str], known: Sequence[str]) -> list[int]:
     """Return the model's class index for each class of a data set.
 
     Args:
-        found: Class names of the data set, in its order. They may be a subset of the model's names, or the numbers
+        found: class names of the data set, in its order. They may be a subset of the model's names, or the numbers
             0..N-1 for N classes of a model that has other names.
-        known: Class names of the model, in the order of its logits.
+        known: class names of the model, in the order of its logits.
 
     Raises:
-        ValueError: A name is unknown to the model or occurs twice.
+        ValueError: a name is unknown to the model or occurs twice.
     """
     found, known = ([unicodedata.normalize("NFC", name) for name in names] for names in (found, known))
     counts = Counter(known)
@@ -273,14 +273,14 @@ def train_transform(
     """Build DeiT's training transform up to uint8 pixels; `Prepare` normalizes and erases on the device.
 
     Args:
-        input_size: Side of the square image in pixels.
+        input_size: side of the square image in pixels.
         aa: timm's name of an automatic augmentation ("rand-m9-mstd0.5-inc1"), or None.
-        color_jitter: Strength, or None. As in DeiT, timm omits it where `aa` is RandAugment or AutoAugment.
+        color_jitter: strength, or None. As in DeiT, timm omits it where `aa` is RandAugment or AutoAugment.
         interpolation: "bicubic", "bilinear" or "random".
-        hflip: Probability of a horizontal flip.
-        three_augment: Replace `aa` by DeiT III's augmentation (arXiv 2204.07118): color jitter and one of grayscale,
+        hflip: probability of a horizontal flip.
+        three_augment: replace `aa` by DeiT III's augmentation (arXiv 2204.07118): color jitter and one of grayscale,
             solarization and blur.
-        simple_crop: Use DeiT III's crop: resize, then a random crop with 4 pixels of reflected border.
+        simple_crop: use DeiT III's crop: resize, then a random crop with 4 pixels of reflected border.
     """
     transform = create_transform(
         input_size,
@@ -311,7 +311,7 @@ def own_eval_transform(model: nn.Module, input_size: int | None = None) -> trans
 
     Args:
         model: a timm model.
-        input_size: Side of the images in pixels; None for the one of the config.
+        input_size: side of the images in pixels; None for the one of the config.
     """
     config = resolve_model_data_config(model)
     return eval_transform(input_size or config["input_size"][-1], config["crop_pct"], config["interpolation"])
@@ -323,8 +323,8 @@ class BoundedResize(transforms.Resize):
     At a height of 256, a panorama of 2 x 20,000 pixels takes 2 GB, of which a crop keeps one part in ten thousand.
 
     Args:
-        size, interpolation: As in torchvision's Resize.
-        center: Keep the center, so that a center crop is that of the whole image; otherwise a random part.
+        size, interpolation: as in torchvision's Resize.
+        center: keep the center, so that a center crop is that of the whole image; otherwise a random part.
     """
 
     LIMIT = 2**24  # pixels of the resized image
@@ -359,9 +359,9 @@ class Prepare(nn.Module):
     The order of the steps gives the same bits as torchvision's ToTensor and Normalize.
 
     Args:
-        mean, std: Three floats each, for pixels in 0..1.
+        mean, std: three floats each, for pixels in 0..1.
         reprob, remode, recount: timm's random erasing (arXiv 1708.04896) per image; `reprob` 0 turns it off.
-        device: Device of the images.
+        device: device of the images.
     """
 
     def __init__(
@@ -389,7 +389,7 @@ def check_images(dataset: Any, num: int = 32) -> None:
     """Decode an evenly spaced sample of the image files of a data set.
 
     Raises:
-        BadImageError: A file cannot be read; the message names it.
+        BadImageError: a file cannot be read; the message names it.
     """
     samples = getattr(dataset, "samples", [])  # data sets without files have none
     for i in range(0, len(samples), max(1, len(samples) // num)):
@@ -400,8 +400,8 @@ class SeededDataset(Dataset):
     """Seed Python's, numpy's and torch's CPU generators per sample; keys are (index, seed) of a SeededSampler.
 
     Args:
-        dataset: Map-style data set with random transforms.
-        bad_images: Number of unreadable files, over all workers of this process, that are replaced by the next
+        dataset: map-style data set with random transforms.
+        bad_images: number of unreadable files, over all workers of this process, that are replaced by the next
             readable sample; one more raises BadImageError. At most 65,536.
     """
 

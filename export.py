@@ -56,16 +56,16 @@ def export_model(
     """Write config.json, model.safetensors and README.md (the model card).
 
     Args:
-        model: A model of `models.build_model`. Its `pretrained_cfg` is replaced by the exported one.
-        folder: Made if there is none.
-        input_size: Side of the images in pixels.
-        crop_ratio: Side of the evaluation's center crop over the shorter side of the resized image.
-        classes: Names of the classes in the order of the logits.
-        model_args: Arguments beside the model's name and number of classes, such as {"embed_dim": 24}.
-        facts: What the model card lists, such as `card_facts`.
+        model: a model of `models.build_model`. Its `pretrained_cfg` is replaced by the exported one.
+        folder: made if there is none.
+        input_size: side of the images in pixels.
+        crop_ratio: side of the evaluation's center crop over the shorter side of the resized image.
+        classes: names of the classes in the order of the logits.
+        model_args: arguments beside the model's name and number of classes, such as {"embed_dim": 24}.
+        facts: what the model card lists, such as `card_facts`.
 
     Raises:
-        UserError: The files cannot be written, or timm cannot describe the model.
+        UserError: the files cannot be written, or timm cannot describe the model.
     """
     kept = ("architecture", "fixed_input_size", "mean", "std", "pool_size", "first_conv", "classifier")
     config = {key: value for key, value in model_config(model).items() if key in kept}
@@ -98,11 +98,11 @@ def card_facts(
     """Return what a model card says about a run: accuracy, recipe, teacher, command line and versions.
 
     Args:
-        args: The run's flags by name.
-        log: The run's log.txt, from which the accuracy comes.
-        epoch: The epoch whose weights are exported; None for the best one.
-        ema: The exported weights are the moving average.
-        command: The command line that repeats the run.
+        args: the run's flags by name.
+        log: the run's log.txt, from which the accuracy comes.
+        epoch: the epoch whose weights are exported; None for the best one.
+        ema: the exported weights are the moving average.
+        command: the command line that repeats the run.
     """
     facts = {}
     metric = "test_ema_acc" if ema else "test_acc"

@@ -22,9 +22,9 @@ class Gratings(Dataset):
 
     Args:
         split: "train" or "val".
-        num_images: Length of the data set; the first n images are the same for every length.
-        image_size: Side of the images in pixels.
-        transform: Maps an RGB PIL image to the image of the sample.
+        num_images: length of the data set; the first n images are the same for every length.
+        image_size: side of the images in pixels.
+        transform: maps an RGB PIL image to the image of the sample.
     """
 
     ORIENTATIONS = 6  # over half a turn

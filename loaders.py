@@ -51,8 +51,8 @@ def warn_if_shm_is_small(batch_bytes: int, num_workers: int) -> str | None:
     """Return a warning if /dev/shm cannot hold the batches that the loader workers prepare in advance, else None.
 
     Args:
-        batch_bytes: Size of a batch in bytes.
-        num_workers: Workers of all loaders and processes of this machine; each prepares two batches.
+        batch_bytes: size of a batch in bytes.
+        num_workers: workers of all loaders and processes of this machine; each prepares two batches.
     """
     try:
         free = shutil.disk_usage("/dev/shm").free
@@ -78,11 +78,11 @@ def build_loader(
     """Build a DataLoader of (uint8 images (B, 3, H, W), int64 labels (B,)) with persistent workers.
 
     Args:
-        timeout: Seconds to wait for a batch; 0 waits as long as the workers live.
-        worker_init_fn: Called in each worker with its number.
+        timeout: seconds to wait for a batch; 0 waits as long as the workers live.
+        worker_init_fn: called in each worker with its number.
 
     Raises:
-        LoaderError: The limit on open files is too low. Iterating raises it if /dev/shm is full.
+        LoaderError: the limit on open files is too low. Iterating raises it if /dev/shm is full.
     """
     # torch's handler raises from the death of a worker on any line the process is executing, even in the middle of
     # saving a checkpoint. The DataLoader also finds a dead worker once it has waited 5 s (or `timeout`) for a batch.

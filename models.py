@@ -36,7 +36,7 @@ def import_models(module: str) -> None:
     """Import a module that registers models with timm, from the current folder or Python's path.
 
     Raises:
-        UserError: There is no such module.
+        UserError: there is no such module.
     """
     sys.path.append(os.getcwd())
     with utils.as_user_error(f"--import {module}: ", ImportError):
@@ -57,12 +57,12 @@ def build_model(
 
     Args:
         name: timm's name, with or without a pretrained tag, or one with a source (`check_name`).
-        num_classes: Classes of the head; 0 for no head, None for timm's default.
-        input_size: Side of the images in pixels, passed on to families whose input size is fixed.
-        kwargs: Further arguments for timm, such as {"embed_dim": 24}.
-        pretrained: Load timm's own weights, from its cache or downloaded.
-        drop: Dropout probability.
-        drop_path: Stochastic depth probability.
+        num_classes: classes of the head; 0 for no head, None for timm's default.
+        input_size: side of the images in pixels, passed on to families whose input size is fixed.
+        kwargs: further arguments for timm, such as {"embed_dim": 24}.
+        pretrained: load timm's own weights, from its cache or downloaded.
+        drop: dropout probability.
+        drop_path: stochastic depth probability.
 
     Raises:
         UserError: timm has no such model or argument, cannot get its weights, or the model gives no logits.
@@ -130,16 +130,16 @@ def build_teacher(
     """Build a model in eval mode for images of a size if its family allows, else for images of its own size.
 
     Args:
-        name: As in `build_model`, as are `num_classes` and `kwargs`.
-        input_size: Side of the images in pixels.
-        weights: A state dict; None for timm's own weights.
-        head: As in `load_weights`.
+        name: as in `build_model`, as are `num_classes` and `kwargs`.
+        input_size: side of the images in pixels.
+        weights: a state dict; None for timm's own weights.
+        head: as in `load_weights`.
 
     Returns:
         The model and the side of the images that it takes. Images of another size must be resized to it.
 
     Raises:
-        UserError: The model cannot be built for either size.
+        UserError: the model cannot be built for either size.
     """
     fixed_size = (kwargs or {}).get("img_size")
     own_size = pretrained_config(name).get("input_size", (3, input_size))[-1]
@@ -182,7 +182,7 @@ def freeze_all_but_attention(model: nn.Module) -> None:
     """Train attention, position embedding and heads only, DeiT III's fine-tuning (arXiv 2203.09795).
 
     Raises:
-        UserError: The model has no attention blocks.
+        UserError: the model has no attention blocks.
     """
     trained = ("pos_embed", *(f"{head}." for head in head_names(model)))
     if not any(".attn." in name for name, _ in model.named_parameters()):

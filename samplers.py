@@ -16,11 +16,11 @@ class RASampler(Sampler):
     are rounded down to a multiple of the processes instead; DeiT's epoch would be empty.
 
     Args:
-        num_replicas, rank: Number of processes, and the index of this one.
-        shuffle: Permute the data set instead of keeping its order.
-        num_repeats: Copies of each image.
-        seed: Added to the epoch to seed the permutation; the same on all processes.
-        block: Batch size per process, to deal blocks of this many copies in turn instead of single copies. Global
+        num_replicas, rank: number of processes, and the index of this one.
+        shuffle: permute the data set instead of keeping its order.
+        num_repeats: copies of each image.
+        seed: added to the epoch to seed the permutation; the same on all processes.
+        block: batch size per process, to deal blocks of this many copies in turn instead of single copies. Global
             batches (of one forward pass) hold the same images either way, but copies of an image stay on one process,
             which decodes it once. None is the original's order.
     """
@@ -78,8 +78,8 @@ class SeededSampler(Sampler):
     within an epoch changes the samples.
 
     Args:
-        sampler: Yields indices; its `set_epoch(epoch)` is called if it has one.
-        seed, rank: Seed of the run, and the index of this process.
+        sampler: yields indices; its `set_epoch(epoch)` is called if it has one.
+        seed, rank: seed of the run, and the index of this process.
     """
 
     def __init__(self, sampler: Sampler | Sized, seed: int, rank: int):

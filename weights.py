@@ -57,7 +57,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     A file of a URL is kept in torch.hub's cache; every rank must call this for a URL.
 
     Raises:
-        UserError: The file is missing, is not a valid checkpoint, or asks for a class that is not plain data.
+        UserError: the file is missing, is not a valid checkpoint, or asks for a class that is not plain data.
     """
     path = _download(str(path)) if str(path).startswith(("https://", "http://")) else Path(path)
     if not path.is_file():
@@ -135,7 +135,7 @@ def extract_weights(checkpoint: Mapping[str, Any], *, ema: bool = False) -> dict
     """Return the model's state dict from a checkpoint, without the prefixes of DDP, torch.compile and Lightning.
 
     Raises:
-        UserError: There are no weights, or `ema` is set and there is no moving average.
+        UserError: there are no weights, or `ema` is set and there is no moving average.
     """
     names = (
         ("model_ema", "state_dict_ema") if ema else ("model", "state_dict", "model_state_dict", "model_state", "net")
@@ -175,8 +175,8 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, head: Liter
     Position embeddings and relative position tables are resampled to the model's grid.
 
     Args:
-        model: A timm model.
-        weights: Tensors by name.
+        model: a timm model.
+        weights: tensors by name.
         head: "own" requires a head for the model's number of classes. "fresh", for fine-tuning, keeps the model's
             untrained head if the file has none or one for other classes, and skips what only pre-training needs.
 
@@ -184,7 +184,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, head: Liter
         One line about what was not loaded, or an empty string.
 
     Raises:
-        UserError: The weights do not fit.
+        UserError: the weights do not fit.
     """
     own = model.state_dict()
     with utils.as_user_error(f"the weights do not fit {model_config(model)['architecture']}: ", Exception):
@@ -239,7 +239,7 @@ def _match_heads(
         A note about it, or an empty list.
 
     Raises:
-        ValueError: The file's head does not fit and no fresh one is allowed.
+        ValueError: the file's head does not fit and no fresh one is allowed.
     """
     ours = next((len(own[f"{head}.weight"]) for head in heads if f"{head}.weight" in own), None)
     if ours is None:
