@@ -240,5 +240,5 @@ def test_a_teacher_of_equal_normalization_gets_images_as_is(tmp_path):
 
 def test_a_teacher_for_other_classes_is_refused(tmp_path):
     torch.save(build("vit_tiny_patch16_224", 7).state_dict(), tmp_path / "teacher.pth")
-    with pytest.raises(utils.UserError, match="has 7 classes without names, the data set 5"):
+    with pytest.raises(utils.UserError, match="has 7 unnamed classes, but the data set has 5"):
         teacher_of(tmp_path / "teacher.pth", "vit_tiny_patch16_224")

@@ -330,7 +330,7 @@ def test_folder_that_holds_a_run_is_not_used_by_accident(stranger, again, folder
     other = ("--resume", shutil.copy(folder / "checkpoint.pth", folder.parent / "stranger.pth"))
     refused = again(*(other if stranger else ()))
     assert refused.code() == 2
-    assert errors([refused]) == [f"error: {folder} holds a run: --resume auto continues it, --overwrite starts again"]
+    assert errors([refused]) == [f"error: {folder} contains a run: --resume auto continues it, --overwrite starts over"]
     assert (folder / "checkpoint.pth").read_bytes() == before
     assert status(folder)["status"] == "preempted"
 

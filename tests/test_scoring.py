@@ -111,7 +111,7 @@ def test_resume_refuses_renamed_classes(model, tmp_path):
     folder = jpeg_folder(tmp_path / "images", ("ant", "bee"))
     file = save(tmp_path / "run.pth", model, classes=["ant", "wasp"])
     flags = ["--resume", file, "--data-path", folder, *ON_CPU]
-    with pytest.raises(UserError, match="--resume: the classes differ from those of the run: bee"):
+    with pytest.raises(UserError, match="--resume: the data set's classes differ from the run's .bee"):
         main.main(parse_args(list(map(str, flags))))
 
 
@@ -144,7 +144,7 @@ def test_unnamed_weights_for_imagenet_know_its_classes(thousand, tmp_path):
 
 def test_unnamed_weights_for_other_classes_are_refused(thousand, tmp_path):
     folder = jpeg_folder(tmp_path, ("ant", "bee"), ["val"], images=1)
-    with pytest.raises(UserError, match="has 1000 classes without names, the data set 2"):
+    with pytest.raises(UserError, match="has 1000 unnamed classes, but the data set has 2"):
         evaluate(save(tmp_path / "deit.pth", thousand), folder)
 
 

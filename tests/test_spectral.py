@@ -144,7 +144,7 @@ def test_outputs_with_other_channels_are_refused():
     model = build("deit_tiny_patch16_224", **VIT)
     model.feature_info[1]["num_chs"] = 25
     FeatureHooks(model, [1])
-    with pytest.raises(ValueError, match=r"blocks\.1.* 24 channels, and its feature_info says 25"):
+    with pytest.raises(ValueError, match=r"blocks\.1.* 24 channels, but its feature_info says 25"):
         model(random_images(64, 96))
 
 
@@ -157,12 +157,12 @@ def test_a_model_without_feature_info_is_refused():
 def test_pop_returns_and_forgets_the_latest_forward():
     model = build("deit_tiny_patch16_224", **VIT)
     hooks = FeatureHooks(model, [1, 2])
-    with pytest.raises(RuntimeError, match="no forward since the last pop"):
+    with pytest.raises(RuntimeError, match="no forward pass since the last pop"):
         hooks.pop()
     model(random_images(64, 96))
     model(random_images(64, 96)[:1])
     assert [len(each) for each in hooks.pop()] == [1, 1]
-    with pytest.raises(RuntimeError, match="no forward since the last pop"):
+    with pytest.raises(RuntimeError, match="no forward pass since the last pop"):
         hooks.pop()
 
 
