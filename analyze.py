@@ -37,7 +37,8 @@ import utils
 from builders import forward_errors
 from checkpoint import CheckpointFolder
 from faults import exit_codes, init_distributed
-from flags import DATA_SETS, INAT_CATEGORIES, KeyValues, Parser, number
+from flags import DATA_SETS, INAT_CATEGORIES
+from parsing import KeyValues, Parser, number
 from utils import UserError, as_user_error
 from weights import extract_weights, load_checkpoint, model_config, stored_args
 

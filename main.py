@@ -57,7 +57,7 @@ def main(args: Flags) -> dict | None:
     # Set-up
     should_stop = faults.StopRequest()
     device = faults.init_distributed(args.device, args.dist_url, args.dist_timeout, args.world_size)
-    utils.set_numerics(args.deterministic)
+    set_numerics(args.deterministic)
     if args.import_module:
         models.import_models(args.import_module)
     folder = None if args.eval or args.export or args.dry_run else open_output_folder(args.output_dir)
@@ -179,6 +179,16 @@ def main(args: Flags) -> dict | None:
         raise UserError(f"the run's last checkpoint could not be written to {args.output_dir}")
     run_status.write("done", best_accuracy=state.best_accuracy, best_epoch=state.best_epoch)
     return None
+
+
+def set_numerics(deterministic: bool) -> None:
+    """Use TF32 and benchmarked convolutions on GPUs, or deterministic algorithms in full precision."""
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.set_float32_matmul_precision("highest" if deterministic else "high")
+    torch.backends.cudnn.allow_tf32 = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
 
 
 def find_checkpoint(args: Flags, folder: CheckpointFolder | None) -> tuple[Path | None, dict | None]:

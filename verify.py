@@ -24,6 +24,7 @@ import builders
 import datasets
 import flags
 import models
+import parsing
 from analyses import SHARES, one_of_each_class, rank_analysis
 from engine import evaluate
 from spectral import FeatureHooks, describe_blocks
@@ -45,14 +46,14 @@ class Row(NamedTuple):
     verdict: str
 
 
-def get_args_parser() -> flags.Parser:
-    parser = flags.Parser("Check published numbers that need no training.")
+def get_args_parser() -> parsing.Parser:
+    parser = parsing.Parser("Check published numbers that need no training.")
     parser.add_argument("--data-path", required=True, help="ImageNet; val/ with one folder per class is enough")
     parser.add_argument("--weights", default="", help="folder of weights, each file named after its model")
     parser.add_argument("--logs", default="", help="folder of the released logs, NAME.txt")
     parser.add_argument("--published", default=str(PUBLISHED), help="the numbers to compare with")
-    parser.add_argument("--batch-size", type=flags.number(int, 1), default=64, help="images per batch")
-    parser.add_argument("--num_workers", type=flags.number(int, 0), default=10, help="loader processes")
+    parser.add_argument("--batch-size", type=parsing.number(int, 1), default=64, help="images per batch")
+    parser.add_argument("--num_workers", type=parsing.number(int, 0), default=10, help="loader processes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     return parser
 

@@ -350,7 +350,7 @@ BAD = {
     "random and checkpoint": ("--checkpoint {bare} --random", "cannot be combined"),
     "which model": ("--checkpoint {bare}", "does not name its model"),
     "empty folder": ("--checkpoint {empty}", r"empty/checkpoint\.pth is not a file"),
-    "no EMA": ("--model {name} --checkpoint {bare} --ema", "bare.pth: the checkpoint holds no"),
+    "no EMA": ("--model {name} --checkpoint {bare} --ema", "bare.pth: the checkpoint has no"),
     "other model": ("--compare a=resnet18:{bare}", "a: the weights do not fit resnet18"),
     "not finite": (
         "--checkpoint {nan} --model {name} --model-kwargs {kwargs} --input-size 32",

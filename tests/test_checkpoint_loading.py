@@ -52,9 +52,9 @@ def test_the_moving_average_is_taken_on_request():
     one, two = {"w": torch.zeros(1)}, {"w": torch.ones(1)}
     for key in ("model_ema", "state_dict_ema"):
         assert extract_weights({"model": one, key: two}, ema=True)["w"] == 1
-    with pytest.raises(utils.UserError, match="holds no moving average"):
+    with pytest.raises(utils.UserError, match="has no moving average"):
         extract_weights({"model": one, "model_ema": None}, ema=True)
-    with pytest.raises(utils.UserError, match="holds no weights"):
+    with pytest.raises(utils.UserError, match="has no weights"):
         extract_weights({"epoch": 3})
 
 
@@ -101,7 +101,7 @@ class Foreign:
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_foreign_class_is_named_and_refused(zipped, tmp_path):
     torch.save({"model": Foreign()}, tmp_path / "checkpoint.pth", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(utils.UserError, match=r"contains .*Foreign, which is not loaded"):
+    with pytest.raises(utils.UserError, match=r"contains .*Foreign, which is not plain data"):
         load_checkpoint(tmp_path / "checkpoint.pth")
 
 

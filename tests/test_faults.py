@@ -742,7 +742,7 @@ STARTS = {
     "no rank": ({"WORLD_SIZE": "2"}, "RANK is unset and WORLD_SIZE is 2: expected 0 <= RANK < WORLD_SIZE"),
     "rank too high": ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2 and WORLD_SIZE is 2: expected"),
     "not a number": ({"RANK": "zero", "WORLD_SIZE": "1"}, "RANK is zero and WORLD_SIZE is 1: expected"),
-    "no address": ({"RANK": "0", "WORLD_SIZE": "1"}, "the processes cannot meet: .*MASTER_ADDR"),
+    "no address": ({"RANK": "0", "WORLD_SIZE": "1"}, "the processes cannot connect: .*MASTER_ADDR"),
 }
 
 

@@ -133,7 +133,7 @@ def test_relative_positions_of_swin_are_resampled():
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_head_of_another_class_count_is_refused(name):
     """The original silently puts a fresh head into the teacher."""
-    with pytest.raises(utils.UserError, match=rf"do not fit {name}: its head has 7 classes, 5 are needed"):
+    with pytest.raises(utils.UserError, match=rf"do not fit {name}: its head has 7 classes, but 5 are needed"):
         load_weights(build(name, 5), build(name, 7, seed=1).state_dict())
 
 
@@ -209,8 +209,8 @@ def test_weights_of_another_model_are_refused_in_one_line(source, message):
 @pytest.mark.parametrize(
     ("name", "found", "message"),
     [
-        ("deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "the file is of a distilled DeiT .* is plain"),
-        ("deit_tiny_distilled_patch16_224", "deit_tiny_patch16_224", "the file is of a plain DeiT .* is distilled"),
+        ("deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "the file is for a distilled DeiT .* is plain"),
+        ("deit_tiny_distilled_patch16_224", "deit_tiny_patch16_224", "the file is for a plain DeiT .* is distilled"),
     ],
 )
 def test_plain_and_distilled_deit_are_told_apart(name, found, message, head):

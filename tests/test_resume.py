@@ -380,7 +380,7 @@ def test_without_a_valid_checkpoint_nothing_starts(again, folder):
     before = {path: path.read_bytes() for path in folder.glob("*.pth")}
     refused = again("--resume", "auto", ranks=2)
     assert codes(refused) == [2, 2]
-    message = f"error: no checkpoint in {folder} is valid: restore one, or use --overwrite to start again"
+    message = f"error: no checkpoint in {folder} is valid: restore one, or use --overwrite to start over"
     assert errors(refused) == [message, f"[rank 1] {message}"]
     assert before == {path: path.read_bytes() for path in folder.glob("*.pth")}
 

@@ -111,7 +111,7 @@ def test_resume_refuses_renamed_classes(model, tmp_path):
     folder = jpeg_folder(tmp_path / "images", ("ant", "bee"))
     file = save(tmp_path / "run.pth", model, classes=["ant", "wasp"])
     flags = ["--resume", file, "--data-path", folder, *ON_CPU]
-    with pytest.raises(UserError, match="--resume: the data set's classes differ from the run's .bee"):
+    with pytest.raises(UserError, match=r"--resume: the data set's classes differ from the run's .bee"):
         main.main(parse_args(list(map(str, flags))))
 
 

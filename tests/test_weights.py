@@ -119,7 +119,7 @@ def plain_pickle(protocol):
 )
 def test_a_foreign_class_is_named_and_not_executed(write, tmp_path):
     write(Evil(tmp_path / "owned"), tmp_path / "file.pth")
-    with pytest.raises(utils.UserError, match=r"file.pth contains posix.mkdir, which is not loaded"):
+    with pytest.raises(utils.UserError, match=r"file.pth contains posix.mkdir, which is not plain data"):
         load_checkpoint(tmp_path / "file.pth")
     assert not (tmp_path / "owned").exists()
 
