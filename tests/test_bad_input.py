@@ -146,7 +146,7 @@ WITH_A_MODEL = [
     (f"--eval --finetune {{teacher}} {CAIT} --num-classes 30", "its head has 24 classes"),
     ("--batch-size 65", "an epoch has 64 images per process, but --batch-size is 65: lower it"),
     ("--input-size 30", f"{DEIT} with images of 30 pixels|30 pixels"),
-    (f"{KWARGS} features_only=True", "features_only gives feature maps"),
+    (f"{KWARGS} features_only=True", "features_only returns feature maps"),
     (f"{KWARGS} global_pool=", f"timm cannot build {DEIT}: .*global_pool"),
     ("--model-kwargs dpeth=3", f"timm cannot build {DEIT}: .*dpeth"),
     ("--model resnet18 --model-kwargs channels=(8,8,8,16) --batch-size 1", "--batch-size 1: resnet18 has BatchNorm"),

@@ -145,4 +145,4 @@ def test_missing_block_ids_are_explained(tmp_path):
 
 def test_the_help_explains_block_ids():
     words = " ".join(main.get_args_parser().format_help().split())
-    assert "indices of timm's feature_info (blocks of a ViT, stages of a Swin), or all" in words
+    assert "indices into timm's feature_info (ViT: blocks, Swin: stages), or all" in words
