@@ -38,7 +38,7 @@ from builders import forward_errors
 from checkpoint import CheckpointFolder
 from faults import exit_codes, init_distributed
 from flags import DATA_SETS, INAT_CATEGORIES
-from parsing import KeyValues, Parser, number
+from parsing import KeyValues, Parser, number, stored_kwargs
 from utils import UserError, as_user_error
 from weights import extract_weights, load_checkpoint, model_config, stored_args
 
@@ -186,7 +186,7 @@ def read_subject(name: str | None, source: str, args: argparse.Namespace) -> Sub
         model = model or run.get("model") or args.model
         if not model:
             raise UserError(f"{path} does not name its model: give --model, or MODEL:{path}")
-        kwargs = run.get("model_kwargs", {}) if model == run.get("model") else kwargs
+        kwargs = stored_kwargs(run.get("model_kwargs", {})) if model == run.get("model") else kwargs
     size = args.input_size or run.get("input_size")
     utils.seed_everything(args.seed)
     with as_user_error(f"{name or model}: ", UserError, ValueError):

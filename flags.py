@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from parsing import KeyValues, Parser, key_values, number
+from parsing import KeyValues, Parser, number, stored_kwargs
 from utils import UserError, error_line
 
 DATA_SETS = ("IMNET", "CIFAR", "INAT", "INAT19", "GRATINGS")
@@ -215,8 +215,8 @@ FROM_CHECKPOINT += ("inat_category", "gratings_sizes")
 def complete_args(args: Flags, stored: dict) -> Flags:
     """Return the flags, with model and data of a checkpoint's run where they are not given."""
     taken = {name: stored[name] for name in FROM_CHECKPOINT if name in stored and name not in args.given}
-    if isinstance(taken.get("model_kwargs"), list):  # of a run before version 0.2
-        taken["model_kwargs"] = key_values(taken["model_kwargs"])
+    if "model_kwargs" in taken:
+        taken["model_kwargs"] = stored_kwargs(taken["model_kwargs"])
     completed = Flags(**vars(args) | taken)
     completed.given = args.given
     check_data_path(completed)

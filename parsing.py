@@ -59,6 +59,11 @@ def key_values(pairs: Sequence[str]) -> dict:
     return result
 
 
+def stored_kwargs(value: dict | list) -> dict:
+    """Return the model arguments of a checkpoint; before version 0.2 they were stored as KEY=VALUE words."""
+    return key_values(value) if isinstance(value, list) else value
+
+
 class KeyValues(argparse.Action):
     """Collect KEY=VALUE words in a dict."""
 

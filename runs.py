@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 import flags
+import parsing
 
 ROOT = Path(__file__).parent
 PUBLISHED = json.loads((ROOT / "recipes" / "published.json").read_text(encoding="utf-8"))
@@ -117,8 +118,7 @@ def settings(args: dict) -> dict:
     known = {name: value for name, value in args.items() if name not in NEUTRAL}
     num_epochs(args)  # raises if its arguments are missing
     for name in ("model_kwargs", "teacher_kwargs"):  # version 0.1 stored lists of KEY=VALUE
-        pairs = flags.key_values(args[name]) if isinstance(args[name], list) else args[name]
-        known[name] = [f"{key}={value}" for key, value in pairs.items()]
+        known[name] = [f"{key}={value}" for key, value in parsing.stored_kwargs(args[name]).items()]
     known["s_id"], known["t_id"] = list(args["s_id"]), list(args["t_id"])
     known["global_batch"] = args["world_size"] * args["batch_size"] * args["accum_steps"]
     known["amp_dtype"] = args["amp_dtype"] or ("float32" if args["device"] == "cpu" else "float16")

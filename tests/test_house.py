@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "flags": {"parsing", "utils"},
     "parsing": {"utils"},
     "tables": {"plots", "runs"},
-    "runs": {"flags"},
+    "runs": {"flags", "parsing"},
     "plots": set(),
     "utils": set(),
 }
