@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from parsing import KeyValues, Parser, number, stored_kwargs
+from parsing import key_values as key_values  # for callers of this module
 from utils import UserError, error_line
 
 DATA_SETS = ("IMNET", "CIFAR", "INAT", "INAT19", "GRATINGS")

@@ -19,7 +19,6 @@ import analyses
 import analyze
 import datasets
 import flags
-import parsing
 import plots
 import spectral
 from utils import UserError
@@ -31,7 +30,7 @@ DEIT = ("--model", NAME, "--model-kwargs", *STUDENT, "--random", "--input-size",
 
 def tiny(name=NAME, kwargs=STUDENT, **more):
     torch.manual_seed(0)
-    return timm.create_model(name, **parsing.key_values(kwargs), **more)
+    return timm.create_model(name, **flags.key_values(kwargs), **more)
 
 
 def parse(*argv):
@@ -108,7 +107,7 @@ def sources(tmp_path_factory):
     """Flags that compare two random models of different depth, read from files."""
     folder = tmp_path_factory.mktemp("sources")
     torch.save(tiny(num_classes=7).state_dict(), folder / "bare.pth")
-    cait = {"model": "cait_xxs24_224", "model_kwargs": parsing.key_values(TEACHER)}
+    cait = {"model": "cait_xxs24_224", "model_kwargs": flags.key_values(TEACHER)}
     weights = tiny(cait["model"], TEACHER, num_classes=3).state_dict()
     torch.save({"model": weights, "args": cait}, folder / "cait.pth")
     compare = ("--compare", f"the teacher={folder}/cait.pth", f"student={NAME}:{folder}/bare.pth")
@@ -262,7 +261,7 @@ def test_published_ranks_stand_beside_the_measured_ones(jpegs, tmp_path, capsys)
 
 
 def test_milestones_of_a_run_are_drawn_by_epoch(tmp_path):
-    stored = {"model": NAME, "model_kwargs": parsing.key_values(STUDENT), "input_size": 32, "data_set": "GRATINGS"}
+    stored = {"model": NAME, "model_kwargs": flags.key_values(STUDENT), "input_size": 32, "data_set": "GRATINGS"}
     models = {epoch: tiny(num_classes=epoch) for epoch in (5, 10, 20)}
     for epoch, model in models.items():
         torch.save({"model": model.state_dict(), "args": stored}, tmp_path / f"checkpoint_{epoch - 1:04d}.pth")
@@ -360,7 +359,7 @@ BAD = {
     "suggest alone": ("--model {name} --suggest 3", "--suggest N and --student MODEL need each other"),
     "no milestones": (
         "--milestones {empty}",
-        r"empty has no checkpoint_0009\.pth or the like: train with --save-every",
+        r"empty has no checkpoint_0009\.pth etc\.: train with --save-every",
     ),
     "milestones alone": ("--milestones {empty} --random", "--milestones cannot be combined with"),
     "no data path": ("--model {name} --random --data-set IMNET", "--data-set IMNET needs --data-path"),
