@@ -1,6 +1,6 @@
-"""Analyses of blocks: which to pair, entropy over depth, and how many dimensions the last block's tokens fill.
+"""Analyses of blocks: which to pair, entropy over depth, and the dimensions that the last block's tokens fill.
 
-Legend as in spectral.py: B images, C channels, an H x W grid of N = H W patch tokens.
+Symbols as in spectral.py: B images, C channels, an H x W grid of N = H W patch tokens.
 """
 
 import math
@@ -11,20 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SHARES = (0.80, 0.90, 0.95, 0.99)  # of the energy, for which dimensions are counted
+SHARES = (0.80, 0.90, 0.95, 0.99)  # shares of the energy for which dimensions are counted
 
 
 def entropy_over_depth(batches: Callable[[], Iterable[Sequence[Tensor]]], bins: int = 100) -> dict[str, Tensor]:
-    """Entropy and magnitude of each block, arXiv 2511.06848.
+    """Return entropy and magnitude of each block, arXiv 2511.06848.
 
-    At each place the C values of a token are counted in equal bins; the entropy -sum p log2 p is averaged over images
-    and places. The paper's bins span the values of all blocks, so a block's entropy grows with its magnitude; the
-    control gives each block bins over its own range. The data is read twice, for the ranges and for the entropies in
-    them, so memory does not grow with the number of images.
+    The C values of each token are counted in equal bins, and the entropy -sum p log2 p is averaged over images and
+    tokens. The paper's bins span the values of all blocks, so a block's entropy grows with its magnitude; as a control,
+    the bins of each block span its own range. The data is read twice, first for the ranges and then for the entropies,
+    so memory does not grow with the number of images.
 
     Args:
-        batches: returns an iterable over batches, each time over the same images; a batch is one map (B, C, H, W) per
-            block. The paper takes the first batch of 32.
+        batches: returns an iterable over batches, with the same images each time; a batch is one map (B, C, H, W) per
+            block. The paper uses the first batch of 32.
         bins: number of bins.
 
     Returns:
@@ -51,7 +51,7 @@ def entropy_over_depth(batches: Callable[[], Iterable[Sequence[Tensor]]], bins: 
 
 
 def _entropy(maps: Tensor, low: Tensor, high: Tensor, bins: int) -> Tensor:
-    """Mean entropy in bits of (B, C, H, W); the last bin includes `high`, and equal limits make a single bin."""
+    """Return the mean entropy in bits of (B, C, H, W); the last bin includes `high`; equal limits make one bin."""
     tokens = maps.movedim(1, -1).flatten(0, -2)
     width = (high - low).clamp_min(torch.finfo(maps.dtype).tiny) / bins
     index = ((tokens - low) / width).long().clamp_(max=bins - 1)
@@ -60,10 +60,10 @@ def _entropy(maps: Tensor, low: Tensor, high: Tensor, bins: int) -> Tensor:
 
 
 def dimensions(energies: Tensor, shares: Sequence[float] = SHARES) -> Tensor:
-    """Return the least d whose first d energies hold a share of the total, for each share.
+    """Return, for each share, the smallest d such that the first d energies have that share of the total.
 
     Args:
-        energies: (..., D), not negative, in the order in which they are taken.
+        energies: (..., D), not negative, in the order in which they are added.
 
     Returns:
         int64 (..., shares).
@@ -74,14 +74,14 @@ def dimensions(energies: Tensor, shares: Sequence[float] = SHARES) -> Tensor:
 
 
 def squared_singular_values(tokens: Tensor) -> Tensor:
-    """Squared singular values of (B, N, D) tokens, descending: float64 (B, min(N, D)), from the smaller Gram matrix."""
+    """Return the squared singular values of tokens (B, N, D), descending, as float64 (B, min(N, D))."""
     tokens = tokens.double()
     gram = tokens @ tokens.mT if tokens.shape[1] < tokens.shape[2] else tokens.mT @ tokens
     return torch.linalg.eigvalsh(gram).flip(-1).clamp_min(0)
 
 
 def count_percentile(counts: Tensor, percent: float = 99) -> float:
-    """Percentile, with linear interpolation, of a sample of which `counts[d]` values equal d."""
+    """Return a percentile, linearly interpolated, of a sample in which `counts[d]` values equal d."""
     cumulative = counts.cumsum(0)
     position = (int(cumulative[-1]) - 1) * percent / 100
     below, above = (
@@ -91,7 +91,7 @@ def count_percentile(counts: Tensor, percent: float = 99) -> float:
 
 
 class _Counts:
-    """How many images have d dimensions, for each share: memory does not grow with the images."""
+    """Count the images with d dimensions for each share, so that memory does not grow with the images."""
 
     def __init__(self, size: int):
         self.counts = torch.zeros(len(SHARES), size + 1, dtype=torch.int64)
@@ -105,24 +105,24 @@ class _Counts:
 
 
 def rank_analysis(batches: Callable[[], Iterable[Tensor]], seed: int = 0) -> dict[str, Any]:
-    """Count the dimensions that hold 80, 90, 95 and 99 % of the energy of a block's tokens, arXiv 2511.15572.
+    """Count the dimensions with 80, 90, 95 and 99 % of the energy of a block's tokens, arXiv 2511.15572.
 
-    `svd` counts the singular directions of each image's own (N, D) tokens, `pca` those of one basis for all images:
-    the eigenvectors of the mean of X^T X, in descending order of eigenvalue. Both take the tokens as they are, without
-    centering. The data is read twice, for the basis and for the shares in it, and only sums of (D, D) and counts are
-    kept, so memory does not grow with the number of images.
+    `svd` counts singular directions of each image's (N, D) tokens. `pca` counts directions of one basis for all images:
+    the eigenvectors of the mean of X^T X, in descending order of eigenvalue. Neither centers the tokens. The data is
+    read twice, first for the basis and then for the shares. Only (D, D) sums and counts are kept, so memory does not
+    grow with the number of images.
 
-    Controls: `centered` subtracts the mean token, the image's own for svd and the data set's for pca. `pca_rotated`
-    turns the tokens of each image by a random rotation of its own, so that no basis can be shared: an upper bound.
-    `cap`, min(N, D), is the most that svd can give.
+    Controls: `centered` subtracts the mean token, of the image for svd and of the data set for pca. `pca_rotated`
+    rotates the tokens of each image randomly, so that images share no basis: an upper bound. `cap`, min(N, D), is the
+    largest number that svd can return.
 
     Args:
-        batches: returns an iterable over maps (B, D, H, W), each time over the same images in the same order.
-        seed: seeds the rotations.
+        batches: returns an iterable over maps (B, D, H, W), with the same images in the same order each time.
+        seed: seed of the rotations.
 
     Returns:
-        `svd`, `pca`, `svd_centered`, `pca_centered`, `pca_rotated`: the 99th percentile over the images, per share (the
-        papers round it half to even); `pca_global`, `pca_global_centered`: the dimensions of the basis itself;
+        `svd`, `pca`, `svd_centered`, `pca_centered`, `pca_rotated`: the 99th percentile over images, per share (the
+        paper rounds it half to even); `pca_global`, `pca_global_centered`: the dimensions of the basis itself;
         `images`, `cap`, `width`.
 
     Raises:
@@ -165,8 +165,8 @@ def rank_analysis(batches: Callable[[], Iterable[Tensor]], seed: int = 0) -> dic
 def _read(batches: Callable[[], Iterable[Tensor]], seed: int) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
     """Yield each batch's tokens (B, N, D) in float64, their squared singular values, and stand-ins for rotated tokens.
 
-    X = U S V^T turned by a random rotation has the Gram matrix Q S^2 Q^T with random orthonormal columns Q (D, n), and
-    so has S Q^T, (n, D), which costs no D x D rotation.
+    A randomly rotated X = U S V^T has the Gram matrix Q S^2 Q^T, with random orthonormal columns Q (D, n). So has
+    S Q^T, (n, D), without the cost of a D x D rotation.
     """
     generator = torch.Generator().manual_seed(seed)
     for maps in batches():
@@ -177,12 +177,12 @@ def _read(batches: Callable[[], Iterable[Tensor]], seed: int) -> Iterable[tuple[
 
 
 def one_of_each_class(targets: Sequence[int], number: int | None = None) -> list[int]:
-    """Return the index of the first sample of each class, then of the second, and so on.
+    """Return the indices of the first sample of each class, then of the second, and so on.
 
     Args:
         targets: class of each sample, in order of file name, as in a torchvision ImageFolder.
-        number: how many to return (all if there are fewer); None for one of each class: with ImageNet's validation set
-            the images of the published rank table.
+        number: how many to return (all if there are fewer); None for one per class, which for ImageNet's validation
+            set are the images of the published rank table.
     """
     seen: Counter[int] = Counter()
     order = []
@@ -202,7 +202,7 @@ RANKS = {
 
 
 def rank_table(ranks: dict[str, Any], published: dict[str, list[int]]) -> list[str]:
-    """Return the lines of a table of `rank_analysis`, rounded as in the paper, with published integers beside them."""
+    """Return the lines of a table of `rank_analysis`, rounded as in the paper, next to published integers."""
     head = "".join(f"{share:>6.0%}" for share in SHARES)
     lines = [f"{'':<20}{head}" + ("   published" if published else "")]
     for key, name in RANKS.items():
@@ -213,16 +213,16 @@ def rank_table(ranks: dict[str, Any], published: dict[str, list[int]]) -> list[s
 
 
 def suggest_pairs(intensity: list[float], student: list[int], teacher: list[int], num_pairs: int) -> tuple[list, list]:
-    """Choose the blocks at the two ends of the teacher with the largest summed intensity, and partners for them.
+    """Choose the blocks at the two ends of the teacher with the largest total intensity, and student blocks for them.
 
-    If sums are equal, the most even split wins. If both models have stages, the last blocks of stages of equal
-    resolution are paired. Otherwise a deeper student uses its blocks at the same relative depth, and any other student
-    as many of its first and of its last blocks, because blocks at the same relative depth could coincide.
+    For equal totals, the most even split is chosen. If both models have stages, the last blocks of stages of equal
+    resolution are paired. Otherwise, a deeper student uses its blocks at the same relative depth. Any other student
+    uses as many of its first and last blocks, because blocks at the same relative depth might coincide.
 
     Args:
-        intensity: of the teacher's blocks, comparable across widths.
+        intensity: intensity of the teacher's blocks, comparable across widths.
         student, teacher: reduction of each block, in input pixels per token.
-        num_pairs: how many to choose.
+        num_pairs: number of pairs.
 
     Returns:
         (student ids, teacher ids), ascending and without repeats.

@@ -1,4 +1,4 @@
-"""Spectral analysis of timm models: how strong each block's features are, at which frequencies, and which to pair.
+"""Analyze the spectra of timm models: the strength and frequencies of each block's features, and blocks to pair.
 
     python analyze.py --model cait_s24_224 --data-path ILSVRC2012 --output_dir Output/analysis/cait
     python analyze.py --compare teacher=cait_s24_224 student=Output/DeiT-Tiny --data-path ILSVRC2012 --output_dir ...
@@ -6,8 +6,8 @@
     python analyze.py --milestones Output/DeiT-Tiny --entropy --data-path ILSVRC2012 --output_dir Output/analysis/epochs
     python analyze.py --preset mismatch --model cait_s24_224 --data-path ILSVRC2012 --output_dir ...
 
-The measures are those of section 3 of arXiv 2412.19055 and, with --entropy and --ranks, those of the authors' later
-papers (analyses.py), all next to controls. `KEYS` documents the numbers written.
+The measures are those of section 3 of arXiv 2412.19055 and, with --entropy and --ranks, of the authors' later papers
+(analyses.py), each with controls. `KEYS` documents the output.
 """
 
 import argparse
@@ -37,7 +37,8 @@ import utils
 from builders import forward_errors
 from checkpoint import CheckpointFolder
 from faults import exit_codes, init_distributed
-from flags import DATA_SETS, INAT_CATEGORIES, KeyValues, Parser, number, stored_kwargs
+from flags import DATA_SETS, INAT_CATEGORIES
+from parsing import KeyValues, Parser, number, stored_kwargs
 from utils import UserError, as_user_error
 from weights import extract_weights, load_checkpoint, model_config, stored_args
 
@@ -46,8 +47,8 @@ KEYS = {
     "NAME/intensity_shuffled": "(blocks,) the same after one random permutation of the channels",
     "NAME/intensity_corrected": "(blocks,) intensity x sqrt(C), for comparing widths",
     "NAME/rms": "(blocks,) root mean square of the features; intensity_corrected is at most this",
-    "NAME/entropy": "(blocks,) with --entropy: bits, of a token's C values in 100 bins over the values of all blocks",
-    "NAME/entropy_own_range": "(blocks,) with --entropy: bits, the same with bins over the block's own values",
+    "NAME/entropy": "(blocks,) with --entropy: bits; of a token's C values, in 100 bins over the values of all blocks",
+    "NAME/entropy_own_range": "(blocks,) with --entropy: bits; the same with bins over the block's own values",
     "NAME/magnitude": "(blocks,) with --entropy: mean magnitude of the features",
     "NAME/shape": "(blocks, 3) channels C, height H and width W of the block's map",
     "NAME/spectrum/BLOCK": "(C,) layer-wise spectrum S; bin k is k / C cycles per channel; unit of the features",
@@ -57,7 +58,7 @@ KEYS = {
 CURVES = ("intensity", "intensity_shuffled", "intensity_corrected", "rms")
 ENTROPY = ("entropy", "entropy_own_range", "magnitude")
 PROFILES = ("spectrum", "radial_frequency", "radial_power")
-# What each paper looked at: the defaults of other flags.
+# The settings of each paper, as defaults of other flags.
 PRESETS: dict[str, dict[str, Any]] = {
     "spectralkd": {"num_images": 32, "order": "first", "eval_crop_ratio": 0.875},  # arXiv 2412.19055
     "dynamics": {"num_images": 32, "order": "first", "eval_crop_ratio": 0.875, "entropy": True},  # arXiv 2511.06848
@@ -77,36 +78,41 @@ def get_args_parser() -> Parser:
     kwargs: dict[str, Any] = {"nargs": "*", "action": KeyValues, "default": {}, "metavar": "KEY=VALUE"}
     add = parser.add_argument_group("models").add_argument
     add("--model", help="timm model, with timm's own weights unless --checkpoint or --random is given")
-    add("--model-kwargs", **kwargs, help="its arguments, unless a checkpoint stores them")
-    add("--checkpoint", help="run folder of main.py, file of weights (ours, DeiT's, bare, safetensors), or URL")
-    add("--ema", action="store_true", help="take the moving average of the weights from checkpoints")
-    add("--random", action="store_true", help="random weights instead of timm's own")
+    add("--model-kwargs", **kwargs, help="timm model arguments, unless a checkpoint has them")
+    add("--checkpoint", help="run folder of main.py, or file or URL of weights")
+    add("--ema", action="store_true", help="use the moving average of the weights in checkpoints")
+    add("--random", action="store_true", help="use random weights instead of timm's")
     named = kwargs | {"metavar": "NAME=SOURCE"}
-    add("--milestones", metavar="FOLDER", help="run folder; compare its checkpoints kept by --save-every")
+    add("--milestones", metavar="FOLDER", help="run folder; compare the checkpoints that --save-every kept")
     add("--compare", **named, help="models on the same images; SOURCE: a --checkpoint, MODEL:CHECKPOINT or timm model")
     add = parser.add_argument_group("data").add_argument
-    add("--data-set", choices=DATA_SETS, help="data set; default: that of the first run, or IMNET")
-    add("--data-path", help="its folder, of which val/ is enough; default: that of the first run")
-    add("--inat-category", choices=INAT_CATEGORIES, help="level used as the class (INAT*); default: name")
-    add("--input-size", type=number(int, 1), help="side of the images in pixels; default: each model's own")
+    add("--data-set", choices=DATA_SETS, help="data set; default: the first run's, or IMNET")
+    add("--data-path", help="folder of the data set, val/ is enough; default: the first run's")
+    add("--inat-category", choices=INAT_CATEGORIES, help="taxonomic level of the classes (INAT*); default: name")
+    add("--input-size", type=number(int, 1), help="image size in pixels; default: each model's own")
     ratio = (
         "center crop ratio, or own: crop and interpolation of each model's config; default: the first run's, or 0.875"
     )
     add("--eval-crop-ratio", type=crop_ratio, help=ratio)
     add("--num-images", type=number(int, 1), help="number of validation images; default: 32, with --ranks 1,000")
     order = {"dest": "order", "action": "store_const"}
-    add("--first", **order, const="first", help="take the first images, in ImageNet all of one class, not drawn ones")
-    add("--per-class", **order, const="classes", help="take the first image of each class, then the second, and so on")
+    add("--first", **order, const="first", help="use the first images (for ImageNet all of one class)")
+    add("--per-class", **order, const="classes", help="use the first image of each class, then the second, and so on")
     add("--batch-size", type=number(int, 1), default=64, help="images per batch")
-    add("--num_workers", "--num-workers", type=number(int, 0), default=10, help="loader processes")
+    add("--num_workers", "--num-workers", type=number(int, 0), default=10, help="data loading workers")
     add = parser.add_argument_group("analyses").add_argument
-    add("--preset", choices=PRESETS, help="images, transform and analysis of a paper; other flags on top of it win")
+    add("--preset", choices=PRESETS, help="images, transform and analysis of a paper; other flags override it")
     add("--entropy", action="store_true", help="add entropy and magnitude over depth")
     add("--ranks", action="store_true", help="count the dimensions that the last block fills; implies --per-class")
     add = parser.add_argument_group("pairs of blocks").add_argument
-    add("--suggest", type=number(int, 1), metavar="N", help="print N pairs (--s-id, --t-id); the first model teaches")
+    add(
+        "--suggest",
+        type=number(int, 1),
+        metavar="N",
+        help="print N pairs, --s-id and --t-id; the first model teaches",
+    )
     add("--student", help="timm model to suggest pairs for")
-    add("--student-kwargs", **kwargs, help="its arguments")
+    add("--student-kwargs", **kwargs, help="timm model arguments")
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", "--output-dir", default="", help="folder for numbers and figures; default: print only")
     add("--import", dest="import_module", metavar="MODULE", help="module that registers models with timm")
@@ -117,7 +123,7 @@ def get_args_parser() -> Parser:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the flags, checked against each other before any data or model is touched."""
+    """Parse the flags and check their combinations."""
     parser = get_args_parser()
     parser.set_defaults(**PRESETS.get(parser.parse_args(argv).preset, {}))
     args = parser.parse_args(argv)
@@ -134,7 +140,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 @dataclasses.dataclass
 class Subject:
-    """A model to analyze. `analyze` adds the measurements of each block and of the last one, and drops the network."""
+    """A model to analyze. `analyze` adds the measurements and drops the network."""
 
     name: str
     model: str
@@ -143,7 +149,7 @@ class Subject:
     blocks: list[dict]
     network: torch.nn.Module
     run: dict = dataclasses.field(default_factory=dict)  # flags of the training run that the weights come from
-    ranks: dict = dataclasses.field(default_factory=dict)  # of `analyses.rank_analysis`, and the published ones
+    ranks: dict = dataclasses.field(default_factory=dict)  # from `analyses.rank_analysis`, with published ones
 
     def curve(self, key: str) -> np.ndarray:
         """Return one number per block."""
@@ -151,13 +157,11 @@ class Subject:
 
 
 def sources_of(args: argparse.Namespace) -> list[tuple[str | None, str]]:
-    """Return a name and a source for each model to analyze."""
+    """Return the name and source of each model to analyze."""
     if args.milestones:
         files = sorted(Path(args.milestones).glob("checkpoint_[0-9][0-9][0-9][0-9].pth"))
         if not files:
-            raise UserError(
-                f"--milestones {args.milestones} has no checkpoint_0009.pth or the like: train with --save-every"
-            )
+            raise UserError(f"--milestones {args.milestones} has no checkpoint_0009.pth etc.: train with --save-every")
         return [(f"epoch {int(file.stem[-4:]) + 1}", str(file)) for file in files]
     one = f"{args.model}:{args.checkpoint or ''}" if args.model else args.checkpoint
     return [(name, str(source)) for name, source in args.compare.items()] or [(None, one)]
@@ -167,7 +171,7 @@ def read_subject(name: str | None, source: str, args: argparse.Namespace) -> Sub
     """Build a model from a run folder, a file, a URL, MODEL:CHECKPOINT or the name of a timm model.
 
     Raises:
-        UserError: there is no such file or model, or they do not fit each other.
+        UserError: there is no such file or model, or the two do not fit.
     """
     model, _, path = source.partition(":")
     if Path(source).exists() or path.startswith("//"):
@@ -191,7 +195,7 @@ def read_subject(name: str | None, source: str, args: argparse.Namespace) -> Sub
     with as_user_error(f"{name or model}: ", UserError, ValueError):
         timms = not (path or args.random)
         network = models.build_model(model, None, input_size=size, kwargs=kwargs, pretrained=timms).eval()
-        if weights is not None:  # blocks do not depend on the head, so any number of classes will do
+        if weights is not None:  # the head may have any number of classes, because blocks do not depend on it
             models.load_weights(network, weights, head="fresh")
         blocks = spectral.describe_blocks(network)
     size = size or network.pretrained_cfg["input_size"][-1]
@@ -201,8 +205,8 @@ def read_subject(name: str | None, source: str, args: argparse.Namespace) -> Sub
 def build_data(args: argparse.Namespace, subjects: list[Subject]) -> tuple[torch.utils.data.Dataset, dict]:
     """Return the validation set, without a transform, and {"data_set", "crop_ratio", "order", "images": indices}.
 
-    The first training run among the subjects provides what the flags leave open. The crop ratio is
-    "own" for each model's own transform.
+    What the flags do not set is that of the first training run among the subjects. The crop ratio is "own" for each
+    model's own transform.
     """
     run = next((subject.run for subject in subjects if subject.run.get("data_set")), {})
     name = args.data_set or run.get("data_set", "IMNET")
@@ -225,7 +229,7 @@ def build_data(args: argparse.Namespace, subjects: list[Subject]) -> tuple[torch
 
 
 def map_reader(subject: Subject, dataset, data: dict, device, args) -> Callable[[], Iterator[list[torch.Tensor]]]:
-    """Return a function that runs a model over the images and yields the maps of all its blocks batch by batch."""
+    """Return a function that runs a model on the images and yields the maps of all blocks for each batch."""
     with as_user_error(f"{subject.name}: ", ValueError):
         hooks = spectral.FeatureHooks(subject.network.to(device), range(len(subject.blocks)))
     if data["crop_ratio"] == "own":
@@ -251,7 +255,7 @@ def map_reader(subject: Subject, dataset, data: dict, device, args) -> Callable[
 
 @torch.no_grad()
 def analyze(subject: Subject, dataset, data: dict, device: torch.device, args: argparse.Namespace) -> None:
-    """Run one model over the images and add its measurements. Memory does not grow with the images."""
+    """Run a model on the images and add its measurements. Memory does not grow with the number of images."""
     batches = map_reader(subject, dataset, data, device, args)
     profiles = [spectral.SpectralProfile(args.seed) for _ in subject.blocks]
     for maps in batches():
@@ -262,7 +266,7 @@ def analyze(subject: Subject, dataset, data: dict, device: torch.device, args: a
         for block, profile in zip(subject.blocks, profiles, strict=True)
     ]
     if not np.isfinite(subject.curve("rms")).all():
-        raise UserError(f"{subject.name}: its features are not finite: use other weights")
+        raise UserError(f"{subject.name}: the features are not finite: use other weights")
     if args.entropy:
         for key, curve in analyses.entropy_over_depth(batches).items():
             for block, value in zip(subject.blocks, curve, strict=True):
@@ -270,11 +274,11 @@ def analyze(subject: Subject, dataset, data: dict, device: torch.device, args: a
     if args.ranks:
         found = analyses.rank_analysis(lambda: (maps[-1] for maps in batches()), args.seed)
         subject.ranks = found | {"published": published_ranks(subject) if data["data_set"] == "IMNET" else {}}
-    subject.network = None  # milestones may be many
+    subject.network = None  # there may be many milestones
 
 
 def published_ranks(subject: Subject) -> dict[str, list[int]]:
-    """Return the published ranks on ImageNet of a model, {"svd": [...], "pca": [...]}, or {} if there are none."""
+    """Return the published ranks of a model on ImageNet, {"svd": [...], "pca": [...]}, or {}."""
 
     def identity(config):
         return config.get("architecture"), config.get("tag")
@@ -297,10 +301,10 @@ def log_curves(subject: Subject) -> None:
 
 
 def log_ranks(subject: Subject) -> None:
-    """Print the dimensions of the last block, with the published ones beside them."""
+    """Print the dimensions of the last block next to the published ones."""
     images, cap, width = (subject.ranks[key] for key in ("images", "cap", "width"))
-    utils.log(f"\n{subject.name}: dimensions that hold a share of the energy of the last block's tokens")
-    utils.log(f"99th percentile over {images} images; SVD counts at most {cap}, PCA at most {width}")
+    utils.log(f"\n{subject.name}: dimensions with a given share of the energy of the last block's tokens")
+    utils.log(f"99th percentile over {images} images; at most {cap} for SVD and {width} for PCA")
     utils.log("\n".join(analyses.rank_table(subject.ranks, subject.ranks["published"])))
 
 
@@ -312,23 +316,23 @@ def log_milestones(subjects: list[Subject]) -> None:
 
 
 def suggest(args: argparse.Namespace, student_blocks: list[dict], teacher: Subject) -> dict:
-    """Choose the pairs, and print them with the curve they are based on."""
+    """Choose pairs, and print them with the curve on which they are based."""
     intensity = teacher.curve("intensity_corrected").tolist()
     student, taught = ([block["reduction"] for block in blocks] for blocks in (student_blocks, teacher.blocks))
     with as_user_error("--suggest: ", ValueError):
         s_id, t_id = analyses.suggest_pairs(intensity, student, taught, args.suggest)
-    utils.log(f"\n{args.student} taught by {teacher.name}: intensity x sqrt(C) of the teacher's blocks, and the pairs")
+    utils.log(f"\n{teacher.name} teaches {args.student}: intensity x sqrt(C) of the teacher's blocks, and pairs")
     for i, value in enumerate(intensity):
         partner = f"<- student {s_id[t_id.index(i)]}" if i in t_id else ""
         utils.log(f"{i:>5} {value:>10.4g}  {'#' * round(40 * value / max(intensity)):<40}  {partner}")
     share = sum(intensity[i] for i in t_id) / sum(intensity)
-    utils.log(f"No other {len(t_id)} blocks at the two ends have a larger sum; it is {share:.1%} of the total.")
+    utils.log(f"These {len(t_id)} blocks have the largest sum at the two ends: {share:.1%} of the total.")
     utils.log(f"--s-id {' '.join(map(str, s_id))} --t-id {' '.join(map(str, t_id))}")
     return {"student": args.student, "teacher": teacher.name, "s_id": s_id, "t_id": t_id}
 
 
 def curves_of(subject: Subject) -> tuple[str, ...]:
-    """Return the measurements of a subject that are one number per block."""
+    """Return the names of the measurements with one number per block."""
     return CURVES + tuple(key for key in ENTROPY if key in subject.blocks[0])
 
 
@@ -354,10 +358,10 @@ def write_numbers(folder: Path, subjects: list[Subject], about: dict) -> None:
 
 
 def write_tensorboard(folder: Path, subjects: list[Subject], figures: dict[str, Figure]) -> None:
-    """Write the figures, and the curves over blocks as one run per model so that models share their charts."""
+    """Write the figures, and the curves over blocks as a run per model, so that models share charts."""
     from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-    shutil.rmtree(folder, ignore_errors=True)  # charts of an earlier analysis would mix with these
+    shutil.rmtree(folder, ignore_errors=True)  # or charts of an earlier analysis would be mixed in
     for subject in subjects:
         with SummaryWriter(str(folder / subject.name)) as writer:
             for key in curves_of(subject):
@@ -373,7 +377,7 @@ def main(args: argparse.Namespace) -> None:
     if args.import_module:
         models.import_models(args.import_module)
     read = (read_subject(name, source, args) for name, source in sources_of(args))
-    # All models are checked before the first is run, except milestones, of which one at a time is in memory.
+    # Check all models before running the first one. Only one milestone at a time is in memory.
     subjects = list(itertools.islice(read, 1 if args.milestones else None))
     if args.suggest:
         student = models.build_model(args.student, None, input_size=None, kwargs=args.student_kwargs)

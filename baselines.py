@@ -1,8 +1,8 @@
-"""Feature losses of other papers, and the table of all feature losses that a run can choose.
+"""Feature losses of other papers, and the table of all feature losses.
 
-Legend as in spectral.py: B images, C channels, an H x W grid of N = H W patch tokens. Each loss takes the student's and
-the teacher's map of one pair of blocks, (B, C, H, W) of any floating dtype, and returns a float32 scalar (float64 for
-float64 maps). All of them compute in float32 inside autocast, too.
+Symbols as in spectral.py: B images, C channels, an H x W grid of N = H W patch tokens. Each loss takes maps of a pair
+of blocks, student first, (B, C, H, W) of any floating dtype, and returns a float32 scalar (float64 for float64 maps).
+All compute in float32, under autocast as well.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,25 +17,25 @@ MANIFOLD_WEIGHTS = (4.0, 0.1, 0.2)  # within an image, across images, random tok
 
 
 def mse_plain(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean of (student - teacher)^2 after `spectral.align`, the feature loss of arXiv 2511.15572.
+    """Return the mean of (student - teacher)^2 after `spectral.align`, the feature loss of arXiv 2511.15572.
 
-    `spectral.mse_loss` carries the further factor W / 4K that feature MSE has inside the spectral loss.
+    `spectral.mse_loss` has a further factor W / 4K, as feature MSE has in the spectral loss.
     """
     student, teacher = align(student, teacher)
     return F.mse_loss(student, teacher)
 
 
 def manifold_loss(student: Tensor, teacher: Tensor, tokens: int = 192, index: Tensor | None = None) -> Tensor:
-    """Weighted sum of the three terms of Manifold Distillation, arXiv 2107.01378 (NeurIPS 2022).
+    """Return the weighted sum of the three terms of Manifold Distillation, arXiv 2107.01378 (NeurIPS 2022).
 
-    Tokens are divided by their length, and G(X) = X X^T holds their cosines. Each term is the mean of
-    (G(teacher) - G(student))^2: over the N tokens of an image (weight 4), over the B images at a place (0.1), and over
-    tokens drawn from the whole batch without replacement (0.2). The batch is that of the process.
+    Tokens are divided by their length, so that G(X) = X X^T has their cosines. Each term is the mean of
+    (G(teacher) - G(student))^2: over the N tokens of an image (weight 4), over the B images at a grid position (0.1),
+    and over tokens drawn from the whole batch without replacement (0.2). The batch is that of one process.
 
     Args:
         student, teacher: maps of the same grid; their widths may differ.
-        tokens: how many tokens to draw, K; all of them where the batch has no more.
-        index: (K,) int64, the tokens b N + h W + w to take instead. Without it every call draws anew from the global
+        tokens: number of tokens to draw, K; all tokens if the batch has fewer.
+        index: (K,) int64, the tokens b N + h W + w to use instead; None to draw them in each call from the global
             generator of the maps' device.
 
     Raises:
@@ -56,26 +56,26 @@ def manifold_loss(student: Tensor, teacher: Tensor, tokens: int = 192, index: Te
 
 
 def _unit_tokens(maps: Tensor) -> Tensor:
-    """(B, C, H, W) -> tokens of length 1, (B, N, C), in float32 or float64."""
+    """Return maps (B, C, H, W) as tokens of length 1, (B, N, C), in float32 or float64."""
     maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
     return F.normalize(maps.flatten(2).transpose(1, 2), dim=-1, eps=1e-12)
 
 
 def _gram_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference of the Gram matrices of (..., tokens, C)."""
+    """Return the mean squared difference of the Gram matrices of (..., tokens, C)."""
     return F.mse_loss(student @ student.mT, teacher @ teacher.mT)
 
 
 class Projector(nn.Module):
-    """Feature MSE behind a projector, the baseline of arXiv 2511.06848.
+    """Feature MSE after a projector, the baseline of arXiv 2511.06848.
 
-    The student's tokens go through a linear layer to the teacher's width, then both maps through a batch normalization
-    of their own, always with the statistics of the process's batch. As published the projector was never trained,
-    because the optimizer had been built before it; training it is FitNets' way (arXiv 1412.6550).
+    A linear layer projects the student's tokens to the teacher's width. Each map then has its own batch normalization,
+    with the statistics of the process's batch in training and evaluation. In the published runs the projector was not
+    trained, because the optimizer was built before it; FitNets (arXiv 1412.6550) trains it.
 
     Args:
         student_channels, teacher_channels: widths of the two maps.
-        trained: whether the parameters take gradients.
+        trained: whether the parameters are trained.
     """
 
     def __init__(self, student_channels: int, teacher_channels: int, trained: bool = False):
@@ -87,7 +87,7 @@ class Projector(nn.Module):
         self.requires_grad_(trained)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Maps of the same grid -> scalar; raises a ValueError where the grids or batches differ."""
+        """Return the loss of maps of the same grid; raise a ValueError if the grids or batches differ."""
         check_same_grid(student, teacher)
         dtype = torch.promote_types(student.dtype, self.projector.weight.dtype)
         with torch.autocast(student.device.type, enabled=False):
@@ -104,11 +104,11 @@ def check_same_grid(student: Tensor, teacher: Tensor) -> None:
         if s != t:
             raise ValueError(
                 f"this feature loss needs the same {what} on both sides, not {s} and {t}: "
-                "choose blocks of one grid, or --feature-loss spectral, mse or mse_plain"
+                "choose blocks with equal grids, or --feature-loss spectral, mse or mse_plain"
             )
 
 
-# Losses without parameters, one function for all pairs, by the names that --feature-loss gives them.
+# Losses without parameters, one function for all pairs, by their names in --feature-loss.
 PAIR_LOSSES = {"spectral": closed_spectral_loss, "mse": mse_loss, "mse_plain": mse_plain, "manifold": manifold_loss}
 PROJECTORS = {"projector": False, "projector_trained": True}  # name: whether it is trained
 
@@ -116,13 +116,13 @@ PROJECTORS = {"projector": False, "projector_trained": True}  # name: whether it
 def build_feature_loss(
     name: str, student_channels: Sequence[int], teacher_channels: Sequence[int], seed: int = 0
 ) -> Callable[[Tensor, Tensor], Tensor] | nn.ModuleList:
-    """Build what `losses.DistillationLoss` takes as its `feature_loss`.
+    """Build the `feature_loss` of `losses.DistillationLoss`.
 
     Args:
         name: a key of PAIR_LOSSES or PROJECTORS.
         student_channels, teacher_channels: width of each pair's maps.
-        seed: of the projectors' weights. Every process gets the same ones, and the global generator is left alone, so
-            the student and the data are the same whichever loss is chosen.
+        seed: seed of the projectors' weights, which are the same on all processes. The global generator does not
+            change, so student and data do not depend on the choice of the loss.
 
     Returns:
         One loss for all pairs, or a ModuleList with one per pair.

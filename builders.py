@@ -32,7 +32,7 @@ from weights import extract_weights, load_checkpoint
 
 
 def build_datasets(args: argparse.Namespace):
-    """Return (training set or None, validation set), with transforms to uint8 pixels."""
+    """Return (training set or None, validation set), with transforms that return uint8 pixels."""
 
     def build(split, transform, size):
         with as_user_error("", ValueError, OSError, RuntimeError):
@@ -66,7 +66,7 @@ def build_loaders(args: argparse.Namespace, dataset_train, dataset_val, model: n
     shards = (world_size(), rank()) if args.dist_eval else (1, 0)
     common = {"num_workers": args.num_workers, "pin_memory": args.pin_mem and device.type == "cuda"}
     common |= {"timeout": args.loader_timeout, "worker_init_fn": faults.begin_loader_worker}
-    datasets.check_images(dataset_val)  # before hours of training
+    datasets.check_images(dataset_val)  # now, not after hours of training
     order = samplers.ShardSampler(dataset_val, *shards)
     loader_val = datasets.build_loader(dataset_val, order, int(1.5 * args.batch_size), drop_last=False, **common)
     if dataset_train is None:
@@ -81,7 +81,7 @@ def build_loaders(args: argparse.Namespace, dataset_train, dataset_val, model: n
     if len(sampler) < args.batch_size:
         counts = f"an epoch has {len(sampler)} images per process, but --batch-size is {args.batch_size}"
         raise UserError(f"{counts}: lower it")
-    # Training and validation batches, the latter 1.5 times as large, of all processes of this machine.
+    # Every process of this machine holds training batches, and validation batches 1.5 times as large.
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     warning = warn_if_shm_is_small(
         3 * args.input_size**2 * args.batch_size * 5 // 2, args.num_workers * local_processes
@@ -112,7 +112,7 @@ def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
 
 
 def build_student(args: argparse.Namespace, num_classes: int | None) -> nn.Module:
-    """Return the student on the CPU, with random weights, timm's or a file's, set up for the kind of distillation."""
+    """Build the student on the CPU, with random weights, timm's or a file's, for the kind of distillation."""
     with utils.rank_zero_first() if args.pretrained else contextlib.nullcontext():
         model = models.build_model(
             args.model,
@@ -150,24 +150,24 @@ def ema_options(args: argparse.Namespace, model: nn.Module) -> dict:
 
 
 def match_outputs(classes: list[str], model: nn.Module, name: str, known: list[str] | None, what: str):
-    """Return the model's output for each class of the data set, matched by name; None if they are the same in order.
+    """Return the index of the model's output for each class of the data set; None if the two agree in order.
 
     Args:
         classes: class names of the data set.
         model, name: the model and its timm name.
-        known: class names of its outputs; None if its weights do not say.
-        what: the weights, for messages.
+        known: class names of its outputs; None if its weights do not name them.
+        what: description of the weights, for messages.
 
     Raises:
-        UserError: a class of the data set is unknown to the model, or nothing names the outputs and the counts differ.
+        UserError: the model does not know a class, or its outputs have no names and the counts differ.
     """
-    if known is None:  # such as a file of ImageNet weights by DeiT's authors
+    if known is None:  # as in the ImageNet checkpoints of DeiT's authors
         imagenet = models.class_names(model, name, True, model.num_classes)
         known = imagenet if imagenet and set(classes) <= set(imagenet) else None
     if known is None:
         if len(classes) != model.num_classes:
-            raise UserError(f"{what} has {model.num_classes} classes without names, the data set {len(classes)}")
-        log(f"{what} does not name its classes: they are matched by position")
+            raise UserError(f"{what} has {model.num_classes} unnamed classes, but the data set has {len(classes)}")
+        log(f"{what} does not name its classes, so they are matched by position")
         return None
     with as_user_error(f"{what}: ", ValueError):
         index = datasets.match_classes(classes, known)
@@ -186,7 +186,7 @@ def build_teacher(args: argparse.Namespace, classes: list[str], device: torch.de
             checkpoint = load_checkpoint(args.teacher_path)
             weights = extract_weights(checkpoint)
         count = models.count_classes(args.teacher_model, weights, checkpoint.get("classes"))
-    # With timm's weights rank 0 downloads first.
+    # Rank 0 downloads timm's weights first.
     named = as_user_error(f"{what} (its weights can come from a file, --teacher-path): ", UserError)
     with utils.rank_zero_first() if not args.teacher_path else contextlib.nullcontext(), named:
         model, size = models.build_teacher(
@@ -209,10 +209,10 @@ def build_teacher(args: argparse.Namespace, classes: list[str], device: torch.de
             raise UserError(f"{error}{fix}") from error
         outputs = model.num_classes if index is None else len(index)
         if outputs != student.num_classes:
-            counts = f"{what} gives {outputs} logits, the student {student.num_classes}"
+            counts = f"{what} gives {outputs} logits, but the student {student.num_classes}"
             raise UserError(f"{counts}: leave --num-classes out")
     if size != args.input_size:
-        log(f"{what} takes images of {size} pixels: the student's, of {args.input_size} pixels, are resized for it")
+        log(f"{what} takes images of {size} pixels: the student's images ({args.input_size} pixels) are resized for it")
     scale, shift = losses.renormalization(models.normalization(student), models.normalization(model), device)
     model = models.fast_attention(model.to(device, getattr(torch, args.teacher_dtype)), args.teacher_attention)
     with as_user_error("--t-id: ", ValueError):
@@ -220,10 +220,10 @@ def build_teacher(args: argparse.Namespace, classes: list[str], device: torch.de
 
 
 def feature_ids(args: argparse.Namespace, student: nn.Module, teacher: nn.Module | None) -> tuple[list, list]:
-    """Return (student ids, teacher ids), empty if the feature loss has no weight.
+    """Return (student ids, teacher ids), both empty if the feature loss has weight 0.
 
     Raises:
-        UserError: no ids are given, or `all` and the models have different numbers of blocks.
+        UserError: no ids are given, or `all` is given for models with different numbers of blocks.
     """
     if teacher is None or args.w_fft * args.distillation_beta == 0:
         return [], []
@@ -238,12 +238,12 @@ def feature_ids(args: argparse.Namespace, student: nn.Module, teacher: nn.Module
     if "all" not in args.s_id + args.t_id:
         return args.s_id, args.t_id
     if args.s_id != ["all"] or args.t_id != ["all"] or counts[0] != counts[1]:
-        raise UserError(f"--s-id all --t-id all pairs models with equally many blocks, not {counts[0]} and {counts[1]}")
+        raise UserError(f"--s-id all --t-id all needs models with equally many blocks, not {counts[0]} and {counts[1]}")
     return list(range(counts[0])), list(range(counts[1]))
 
 
 def build_criterion(args: argparse.Namespace, student: nn.Module, teacher) -> losses.DistillationLoss:
-    """Return the training loss; its trained parts, if any, are on the CPU."""
+    """Build the training loss; its trainable parts, if any, are on the CPU."""
     feature_loss = spectral.SPECTRAL_IMPLEMENTATIONS[args.spectral_impl]
     if args.feature_loss != "spectral" and teacher is not None:
         widths = [
@@ -270,7 +270,7 @@ def build_criterion(args: argparse.Namespace, student: nn.Module, teacher) -> lo
 
 @torch.no_grad()
 def check_pairs(args: argparse.Namespace, model: nn.Module, hooks, criterion, device: torch.device) -> None:
-    """Run images of noise through both models, check their maps, and log which are matched and what is pooled."""
+    """Run random images through both models, check their maps, and log each pair and what is pooled."""
     teacher, size = criterion.teacher, (2, 3, args.input_size, args.input_size)
     images = torch.rand(size, generator=torch.Generator().manual_seed(0)).to(device)
     with forward_errors(args.model, args.input_size):
@@ -301,7 +301,7 @@ def check_pairs(args: argparse.Namespace, model: nn.Module, hooks, criterion, de
 
 @contextlib.contextmanager
 def forward_errors(name: str, size: int):
-    """Report that a model cannot take the images; a GPU that is full or broken is reported as it is."""
+    """Turn errors of a forward pass into a UserError, except those of a full or broken GPU."""
     try:
         yield
     except (torch.cuda.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.cuda.OutOfMemoryError)):
@@ -311,9 +311,9 @@ def forward_errors(name: str, size: int):
 
 
 def wrap_model(args: argparse.Namespace, model: nn.Module, criterion, device: torch.device) -> nn.Module:
-    """Return the student to train with: compiled and in DDP where asked; the criterion's parts are compiled in place.
+    """Return the student compiled and in DDP, where asked; compile the criterion's parts in place.
 
-    Evaluation, optimizer and checkpoints keep the bare student. Hooks are compiled along with their models.
+    Evaluation, optimizer and checkpoints use the bare student. Hooks are compiled along with their models.
     """
     wrapped = model
     if args.compile in ("teacher", "both"):
@@ -324,7 +324,7 @@ def wrap_model(args: argparse.Namespace, model: nn.Module, criterion, device: to
         return wrapped
     options = {"device_ids": [device] if device.type == "cuda" else None, "gradient_as_bucket_view": True}
     if not models.has_batch_norm(model):
-        # Other buffers, such as Swin's, are constants: no need to send rank 0's before every forward.
+        # Other buffers, such as Swin's, are constants and need no broadcast before each forward pass.
         renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # torch 2.14
         options["forward_sync_buffers" if renamed else "broadcast_buffers"] = False
     return DistributedDataParallel(wrapped, **options)
@@ -335,7 +335,7 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, criterion: nn.Mo
     global_batch = args.batch_size * args.accum_steps * world_size()
     options = optimizer_kwargs(args) | {"lr": args.lr if args.unscale_lr else args.lr * global_batch / 512}
     if args.opt == "adamw":
-        options["fused"] = True  # reads the scaler's verdict on the device; others wait for it in every step
+        options["fused"] = True  # reads the scaler's result on the device; other optimizers wait for it at every step
     with as_user_error(f"--opt {args.opt}: ", Exception):
         optimizer = create_optimizer_v2(model, **options)
     trained = [parameter for parameter in criterion.parameters() if parameter.requires_grad]

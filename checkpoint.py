@@ -31,19 +31,19 @@ from weights import extract_weights, load_checkpoint, stored_args
 
 # Optimizer options that follow the flags on a resume, or only concern speed.
 FROM_FLAGS = ("lr", "initial_lr", "weight_decay", "betas", "eps", "momentum", "fused", "foreach")
-# What parts of a file raise that are not what this run has there.
+# What loading a checkpoint that does not fit the run may raise.
 NOT_FITTING = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 
 class TrainState:
-    """Everything a resume needs.
+    """Everything that a resumed run needs.
 
     Attributes:
         model: the bare student; `parallel` is what the training step calls, compiled and in DDP where asked.
-        optimizer, scheduler, scaler, ema: of torch and timm; `ema` may be None.
+        optimizer, scheduler, scaler, ema: objects of torch and timm; `ema` may be None.
         criterion: the loss, whose parameters are trained without DDP (`engine.optimizer_step`); None if it has none.
-        epoch, step: the epoch in progress and the batches done in it.
-        trained: whether all batches of the epoch are done, so that only its validation is left.
+        epoch, step: the epoch in progress and the number of its batches that are done.
+        trained: whether only the validation of the epoch is left.
         meter: the sums of the epoch so far.
         best_accuracy, best_epoch: percent, and the epoch that reached it; -1 before the first validation.
     """
@@ -63,7 +63,7 @@ class TrainState:
         self.meter = utils.Meter(self.terms)
 
     def finish_epoch(self, accuracy: float) -> bool:
-        """Count a validated epoch; return whether its accuracy, in percent, is the best so far."""
+        """Move to the next epoch; return whether the accuracy, in percent, is the best so far."""
         best = accuracy > self.best_accuracy or self.best_epoch < 0
         if best:
             self.best_accuracy, self.best_epoch = accuracy, self.epoch
@@ -71,7 +71,7 @@ class TrainState:
         return best
 
     def to_dict(self, args: argparse.Namespace, **facts: Any) -> dict:
-        """Return tensors and plain types under DeiT's keys; `epoch` is the last finished epoch, as there."""
+        """Return the state with DeiT's keys, as tensors and plain types; `epoch` is the last finished epoch."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -91,9 +91,7 @@ class TrainState:
         }
 
     def load(self, checkpoint: dict, args: argparse.Namespace) -> None:
-        """Continue from a checkpoint of ours, of DeiT or of the original program.
-
-        Flags override what the file says about learning rate and schedule; every change is logged.
+        """Continue from a checkpoint of this program, DeiT or the original program; log every flag that changed.
 
         Raises:
             UserError: the file does not fit this model, optimizer or global batch.
@@ -114,14 +112,14 @@ class TrainState:
         weights = extract_weights(checkpoint)
         load_exactly(self.model, weights)
         self._load_optimizer(checkpoint["optimizer"], fresh=checkpoint["epoch"] < 0)
-        self.model.load_state_dict(weights)  # the check of the optimizer has made a step
+        self.model.load_state_dict(weights)  # checking the optimizer took a step
         load_exactly(self.criterion, checkpoint.get("criterion", {}))
         if checkpoint.get("scaler") and self.scaler.state_dict():
             self.scaler.load_state_dict(checkpoint["scaler"])
         if self.ema is not None and checkpoint.get("model_ema"):
             load_exactly(self.ema.module, extract_weights(checkpoint, ema=True))
         elif self.ema is not None:
-            log("--resume: the file holds no EMA; it starts from the weights")
+            log("--resume: the checkpoint has no EMA, so the EMA starts from the weights")
             self.ema.set(self.model)
         self.start_epoch(checkpoint["epoch"] + 1)
         self.step, self.trained = resumed_step(checkpoint, args), checkpoint.get("trained", False)
@@ -140,12 +138,12 @@ class TrainState:
 
 
 def check_optimizer_state(optimizer: torch.optim.Optimizer, stored: dict) -> None:
-    """Compare a stored state with the one that the optimizer itself makes in a step of zero length.
+    """Compare a stored state with the state that the optimizer creates in a step with learning rate 0.
 
-    torch loads moments of any shape and order without a word; the next step may then crash the process.
+    torch silently loads moments of any shape and order, and the next step may then crash the process.
 
     Raises:
-        ValueError: naming the first entry that differs.
+        ValueError: they differ; the message names the first entry that does.
     """
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
@@ -172,25 +170,17 @@ def _shape(value: Any) -> list[int]:
 
 
 def load_exactly(model: nn.Module, weights: dict) -> None:
-    """Load weights whose names and shapes must be those of the model, as the optimizer's moments must fit too.
-
-    Raises:
-        UserError: they differ.
-    """
+    """Load weights; raise a UserError unless their names and shapes equal the model's."""
     own = model.state_dict()
     odd = sorted(own.keys() ^ weights.keys())
     odd += [name for name in own if name in weights and own[name].shape != weights[name].shape]
     if odd:
-        raise UserError(f"--resume: the file is of another model, image size or loss ({odd[0]}): use --finetune")
+        raise UserError(f"--resume: the file is for another model, image size or loss ({odd[0]}): use --finetune")
     model.load_state_dict(weights)
 
 
 def resumed_step(checkpoint: dict, args: argparse.Namespace) -> int:
-    """Return the batch of the epoch to continue with, at the same image even if the processes changed.
-
-    Raises:
-        UserError: the global batch changed.
-    """
+    """Return the batch to continue with, at the same image; raise a UserError if the global batch changed."""
     stored = stored_args(checkpoint)
     processes = checkpoint.get("world_size") or stored.get("world_size") or world_size()  # DeiT stores it as a flag
     old_batch = stored.get("batch_size", args.batch_size) * processes
@@ -210,16 +200,13 @@ def resumed_step(checkpoint: dict, args: argparse.Namespace) -> int:
 
 
 class FolderLock:
-    """A lock on an output folder that ends with the process.
+    """A lock on an output folder that ends with the process; raises a UserError if it is still taken after `wait` s.
 
-    It is a POSIX record lock: network file systems know it, and forked loader workers do not inherit it.
-
-    Raises:
-        UserError: another run holds the lock after `wait` seconds.
+    It is a POSIX record lock, which works on network file systems and is not inherited by forked loader workers.
     """
 
     def __init__(self, folder: str | Path, wait: float = 5.0):
-        self.file = open(Path(folder) / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 stays open with the run
+        self.file = open(Path(folder) / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 open until the run ends
         deadline = time.monotonic() + wait
         while not self._take(folder):
             if time.monotonic() > deadline:
@@ -238,7 +225,7 @@ class FolderLock:
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 return False
-            log(f"warning: the file system of {folder} has no locks ({error}): make sure no other run uses the folder")
+            log(f"warning: the file system of {folder} has no locks ({error}): make sure that no other run uses it")
         return True
 
 
@@ -256,7 +243,7 @@ def open_output_folder(path: str) -> "CheckpointFolder | None":
             with as_user_error(f"--output_dir {path} cannot be written: ", OSError):
                 folder.folder.mkdir(parents=True, exist_ok=True)
                 folder.lock = FolderLock(path)
-                for leftover in folder.folder.glob(".*.tmp"):  # of a run that was killed while writing
+                for leftover in folder.folder.glob(".*.tmp"):  # of a run that was killed during a write
                     leftover.unlink()
                 probe = folder.folder / f".probe-{uuid.uuid4().hex}.tmp"
                 probe.touch()
@@ -274,7 +261,7 @@ def open_output_folder(path: str) -> "CheckpointFolder | None":
 
 
 class CheckpointFolder:
-    """The checkpoints of a run. Only rank 0 writes; a failed write keeps the files there are."""
+    """The checkpoints of a run. Only rank 0 writes; a failed write keeps the existing files."""
 
     LATEST, PREVIOUS, BEST = "checkpoint.pth", "checkpoint_previous.pth", "model_best.pth"
     MAX_FAILURES = 3
@@ -292,17 +279,17 @@ class CheckpointFolder:
         return [path for path in named if path.exists()] + sorted(self.folder.glob("checkpoint_????.pth"))
 
     def clear(self) -> None:
-        """Delete the checkpoints and TensorBoard events of an earlier run; RunLog drops its lines."""
+        """Delete the checkpoints and TensorBoard events of an earlier run; `RunLog` replaces its log."""
         if rank() == 0:
             with as_user_error(f"--output_dir {self.folder} cannot be cleared: ", OSError):
                 for path in (*self.folder.glob("events.out.tfevents.*"), *self.files()):
                     path.unlink()
 
     def save(self, state: dict, *, best=False, milestone: int | None = None, ignore=frozenset()) -> bool:
-        """Write the state as the newest checkpoint; return whether that worked, the same on all ranks.
+        """Write the state as the newest checkpoint; return, on all ranks, whether that worked.
 
         Args:
-            state: of `TrainState.to_dict`, on every rank.
+            state: from `TrainState.to_dict`, on every rank.
             best: also write it as model_best.pth.
             milestone: also keep it as checkpoint_<milestone>.pth.
             ignore: names of model buffers that are infinite by design.
@@ -335,7 +322,7 @@ class CheckpointFolder:
     def _write(self, state: dict, best: bool, milestone: int | None) -> None:
         latest, fresh = self.folder / self.LATEST, self.folder / ".fresh.pth.tmp"
         utils.write_atomically(fresh, lambda file: _save(state, file))
-        # The copies come first: after a kill in between, the resumed run validates the epoch again and rewrites them.
+        # Copies come first: after a kill in between, the resumed run validates the epoch again and rewrites them.
         if best:
             copy_file(fresh, self.folder / self.BEST)
         if milestone is not None:
@@ -347,12 +334,12 @@ class CheckpointFolder:
         self.latest_damaged = False
 
     def load_newest(self) -> tuple[Path | None, dict | None]:
-        """Return path and content of the newest valid checkpoint, by the epoch and step inside; Nones without any.
+        """Return the path and content of the newest valid checkpoint, by epoch and step, or (None, None).
 
         Rank 0 chooses, so that all ranks continue from the same file.
 
         Raises:
-            UserError: there are files and none is valid.
+            UserError: there are checkpoints, but none is valid.
         """
         path, checkpoint, error = None, None, None
         if rank() == 0:
@@ -376,11 +363,11 @@ class CheckpointFolder:
                 log(f"warning: {error}; trying an older one")
                 self.latest_damaged |= path.name == self.LATEST
         if paths:
-            raise UserError(f"no checkpoint in {self.folder} is valid: restore one, or use --overwrite to start again")
+            raise UserError(f"no checkpoint in {self.folder} is valid: restore one, or use --overwrite to start over")
         return None, None
 
     def repair_best(self, path: Path, checkpoint: dict) -> None:
-        """After a resume, make model_best.pth the best epoch again, or log that its weights are gone."""
+        """Make model_best.pth the best epoch again after a resume, or warn that its weights are lost."""
         best, epoch = checkpoint.get("best_epoch", -1), checkpoint["epoch"]
         target = self.folder / self.BEST
         inside = path.parent.resolve() == self.folder.resolve()
@@ -402,23 +389,23 @@ def copy_file(source: Path, target: Path) -> None:
 def _save(state: dict, file) -> None:
     try:
         torch.save(state, file)
-    except RuntimeError as error:  # what torch makes of an OSError while closing the archive
+    except RuntimeError as error:  # torch turns an OSError into this while it closes the archive
         raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 def _progress(path: Path) -> tuple[float, float]:
-    """Return (epoch, step) of a checkpoint without reading its tensors; a file that does not tell comes first."""
+    """Return (epoch, step) of a checkpoint without reading its tensors; damaged files sort as the newest."""
     try:
-        with open(path, "rb") as file:  # by number, because torch cannot map a file whose name is not UTF-8
+        with open(path, "rb") as file:  # torch cannot map a file whose name is not UTF-8
             name = f"/proc/self/fd/{file.fileno()}"
             checkpoint = torch.load(name, map_location="cpu", weights_only=True, mmap=True)
         return checkpoint["epoch"], checkpoint.get("step", 0)
     except Exception:
-        return float("inf"), 0.0  # damaged: looked at first, and named
+        return float("inf"), 0.0  # load_newest tries it first, and reports it
 
 
 def first_not_finite(state: Any, name: str = "checkpoint", ignore=frozenset()) -> str | None:
-    """Return the name of a tensor in nested dicts and lists that is not finite, or None."""
+    """Return the name of a non-finite tensor in nested dicts and lists, or None."""
     if torch.is_tensor(state):
         return name if state.is_floating_point() and not state.isfinite().all() else None
     items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, (list, tuple)) else ()

@@ -1,7 +1,7 @@
 """Data sets, how their files are read, and their transforms.
 
-Every sample is (image, label): uint8 pixels (3, H, W) and an int. Batches stay uint8 until `Prepare` converts them on
-the device, which costs a quarter of the memory traffic of float32.
+Every sample is (image, label): uint8 pixels (3, H, W) and an int. `Prepare` converts batches on the device, because
+uint8 batches need a quarter of the memory traffic of float32.
 """
 
 import json
@@ -30,9 +30,8 @@ from gratings import GRATINGS_SIZES, Gratings
 from loaders import build_loader as build_loader
 from utils import log
 
-DATA_SETS = ("IMNET", "CIFAR", "INAT", "INAT19", "GRATINGS")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
-SMALL_IMAGE = 32  # as in DeiT, crops up to this size are of the whole image, padded by 4 pixels
+SMALL_IMAGE = 32  # up to this size, DeiT crops the whole image with a border of 4 pixels
 
 
 def build_dataset(
@@ -44,31 +43,26 @@ def build_dataset(
     inat_category: str = "name",
     num_images: int | None = None,
 ) -> Dataset:
-    """Build one split of a data set.
+    """Return a split ("train" or "val"): a map-style data set of (image, label) with a list of class names, `classes`.
 
     Args:
-        name: One of DATA_SETS.
-        split: "train" or "val".
-        path: Folder of the data; unused by GRATINGS.
-        transform: Maps an RGB PIL image to the image of the sample.
-        inat_category: Taxonomic level that is the class (INAT, INAT19).
-        num_images: Size of the split (GRATINGS); None for its default.
-
-    Returns:
-        A map-style data set of (image, label) whose `classes` is the list of class names.
+        name: IMNET, CIFAR, INAT, INAT19 or GRATINGS.
+        path: folder of the data (not GRATINGS).
+        transform: RGB PIL image -> image of the sample.
+        inat_category: taxonomic level of the classes (INAT, INAT19).
+        num_images: size of the split (GRATINGS); None for its default.
 
     Raises:
-        ValueError, FileNotFoundError, RuntimeError: The data are not as expected; one line.
+        ValueError, FileNotFoundError, RuntimeError: the data are not as expected; the message is one line.
     """
     if name == "GRATINGS":
         return Gratings(split, num_images or GRATINGS_SIZES[split], transform=transform)
-    root = Path(path)
-    if not root.is_dir():
+    if not (root := Path(path)).is_dir():
         raise FileNotFoundError(f"--data-path {path} is not a folder")
     if name == "CIFAR":
         try:
             return CIFAR100(root, train=split == "train", transform=transform)
-        except RuntimeError:  # torchvision's message suggests download=True
+        except RuntimeError:  # torchvision suggests download=True
             raise RuntimeError(
                 f"CIFAR-100 not found or damaged under --data-path {path}: unpack cifar-100-python.tar.gz there"
             ) from None
@@ -83,7 +77,7 @@ def build_dataset(
 
 
 def labels(dataset: Any) -> list[int]:
-    """Return the class of each sample of a data set built by `build_dataset`, without reading its images."""
+    """Return the class of each sample of a data set of `build_dataset`, without reading images."""
     if isinstance(dataset, Gratings):
         return [index % len(dataset.classes) for index in range(len(dataset))]
     return dataset.targets if isinstance(dataset, CIFAR100) else [label for _, label in dataset.samples]
@@ -93,12 +87,11 @@ def match_classes(found: Sequence[str], known: Sequence[str]) -> list[int]:
     """Return the model's class index for each class of a data set.
 
     Args:
-        found: Class names of the data set, in its order. They may be a subset of the model's names, or the numbers
-            0..N-1 for N classes of a model that has other names.
-        known: Class names of the model, in the order of its logits.
+        found: class names of the data set: some of the model's names, or the numbers 0..N-1 of its N classes.
+        known: class names of the model, in the order of its logits.
 
     Raises:
-        ValueError: A name is unknown to the model or occurs twice.
+        ValueError: the model does not know a name, or a name occurs twice.
     """
     found, known = ([unicodedata.normalize("NFC", name) for name in names] for names in (found, known))
     counts = Counter(known)
@@ -127,10 +120,10 @@ class BadImageError(RuntimeError):
 
 
 class ClassFolders(ImageFolder):
-    """torchvision's ImageFolder, except for the order of numbers, hidden folders, Unicode and links to parents.
+    """torchvision's ImageFolder with these differences.
 
-    Class folders named by numbers are in numeric order instead of 0, 1, 10, 2. Hidden files and folders are skipped.
-    Class names are in Unicode's NFC form. Links to a parent folder, which would repeat its images, are not followed.
+    Class folders named by numbers are in numeric order, not 0, 1, 10, 2. Hidden files and folders are skipped. Class
+    names are in Unicode's NFC form. Links to a parent folder are not followed, because its images would repeat.
     """
 
     def __init__(self, root: Path, transform: Callable | None = None):
@@ -160,11 +153,11 @@ class ClassFolders(ImageFolder):
 
 
 def _image_files(root):
-    """Return the paths of the images under a folder in torchvision's order."""
+    """Return the paths of the images in a folder in torchvision's order."""
     paths, seen = [], set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
         real = os.path.join(os.path.realpath(folder), "")
-        if any(other.startswith(real) for other in seen):  # a link to a parent, or a second one to the same folder
+        if any(other.startswith(real) for other in seen):  # a link to a parent, or a second link
             subfolders.clear()
             continue
         seen.add(real)
@@ -174,10 +167,9 @@ def _image_files(root):
 
 
 class LastImage:
-    """Load RGB PIL images from paths and keep the last one.
+    """Load RGB PIL images and keep the last one, as repeated augmentation reads a file up to three times in a row.
 
-    Repeated augmentation puts the copies of an image next to each other, so that a process asks for the same file up
-    to three times in a row. Transforms do not write into their input, so the kept pixels equal those of a new decode.
+    Transforms do not write to their input, so the kept pixels equal those of a new decode.
     """
 
     def __init__(self):
@@ -193,7 +185,7 @@ class LastImage:
 
 
 def _decode(path):
-    """Return the pixels of torchvision's default loader, except that 16-bit and float images are scaled to 8 bits."""
+    """Load an image as torchvision does, but scale 16-bit and float images to 8 bits."""
     with Image.open(path) as image:
         image.load()
         image = _to_8_bits(image) if image.mode[0] in "IF" else image
@@ -201,10 +193,10 @@ def _decode(path):
 
 
 def _to_8_bits(image):
-    """Scale an image of mode I;16, I;16B, I or F to mode L, where PIL would clip it.
+    """Scale an image of mode I;16, I;16B, I or F to mode L; PIL would clip it.
 
-    The range 0..65535 of integers, and 0..1 or 0..255 of floats, becomes 0..255. Images with values outside these
-    ranges are scaled by their own minimum and maximum.
+    Integers in 0..65535, and floats in 0..1 or 0..255, are mapped to 0..255. Images with values outside these ranges
+    are scaled by their own minimum and maximum.
     """
     pixels = np.asarray(image).astype(np.float64)
     low, high = pixels.min(), pixels.max()
@@ -220,8 +212,8 @@ def _to_8_bits(image):
 class INaturalist(ImageFolder):
     """iNaturalist 2018 or 2019 in DeiT's layout: train<year>.json, val<year>.json, categories.json and the images.
 
-    The class of an image is the entry of its category at the level `category`. Classes are numbered by their first
-    appearance in the training annotations. Images are in <folder>/<category id>/ (DeiT) or where `file_name` says.
+    The class of an image is the name of its category at the taxonomic level `category`. Classes are in the order of the
+    training annotations. Images are in <folder>/<category id>/, as in DeiT, or at their `file_name`.
     """
 
     def __init__(self, root: Path, split: str, year: int, category: str, transform: Callable | None = None):
@@ -255,11 +247,6 @@ def _read_json(path):
         raise ValueError(f"{path} is not valid JSON: {error}") from None
 
 
-def keeps_whole(input_size: int, three_augment: bool) -> bool:
-    """Return whether training crops are of the whole image with a border (as for CIFAR) instead of a random part."""
-    return input_size <= SMALL_IMAGE and not three_augment
-
-
 def train_transform(
     input_size: int,
     *,
@@ -273,14 +260,11 @@ def train_transform(
     """Build DeiT's training transform up to uint8 pixels; `Prepare` normalizes and erases on the device.
 
     Args:
-        input_size: Side of the square image in pixels.
-        aa: timm's name of an automatic augmentation ("rand-m9-mstd0.5-inc1"), or None.
-        color_jitter: Strength, or None. As in DeiT, timm omits it where `aa` is RandAugment or AutoAugment.
+        aa: timm's name of an augmentation policy ("rand-m9-mstd0.5-inc1"), or None.
+        color_jitter: strength, or None. As in DeiT, timm omits it with RandAugment and AutoAugment.
         interpolation: "bicubic", "bilinear" or "random".
-        hflip: Probability of a horizontal flip.
-        three_augment: Replace `aa` by DeiT III's augmentation (arXiv 2204.07118): color jitter and one of grayscale,
-            solarization and blur.
-        simple_crop: Use DeiT III's crop: resize, then a random crop with 4 pixels of reflected border.
+        three_augment: use DeiT III's 3-Augment (arXiv 2204.07118) instead of `aa`.
+        simple_crop: use DeiT III's crop: resize, then a random crop with 4 pixels of reflected border.
     """
     transform = create_transform(
         input_size,
@@ -291,10 +275,10 @@ def train_transform(
         interpolation=interpolation,
         use_prefetcher=True,  # keeps the pixels uint8
     )
-    if keeps_whole(input_size, three_augment) or simple_crop:
+    small = input_size <= SMALL_IMAGE and not three_augment  # as for CIFAR in DeiT: a crop of the whole image
+    if small or simple_crop:
         resize = BoundedResize(input_size, str_to_interp_mode(interpolation), center=False)
-        mode = "constant" if keeps_whole(input_size, three_augment) else "reflect"
-        crop = transforms.RandomCrop(input_size, padding=4, padding_mode=mode)
+        crop = transforms.RandomCrop(input_size, padding=4, padding_mode="constant" if small else "reflect")
         transform.transforms[0] = transforms.Compose([resize, crop])
     return transform
 
@@ -307,71 +291,55 @@ def eval_transform(input_size: int, crop_ratio: float = 0.875, interpolation: st
 
 
 def own_eval_transform(model: nn.Module, input_size: int | None = None) -> transforms.Compose:
-    """Build the evaluation transform that a timm model's config describes: its crop ratio and interpolation.
-
-    Args:
-        model: a timm model.
-        input_size: Side of the images in pixels; None for the one of the config.
-    """
+    """Build the evaluation transform of a timm model's config, for its own input size or another one."""
     config = resolve_model_data_config(model)
     return eval_transform(input_size or config["input_size"][-1], config["crop_pct"], config["interpolation"])
 
 
 class BoundedResize(transforms.Resize):
-    """Resize the shorter side; of an image that would become huge, return only a part of the longer side.
+    """Resize the shorter side; of an image that would become huge, keep only a part of the longer side.
 
-    At a height of 256, a panorama of 2 x 20,000 pixels takes 2 GB, of which a crop keeps one part in ten thousand.
-
-    Args:
-        size, interpolation: As in torchvision's Resize.
-        center: Keep the center, so that a center crop is that of the whole image; otherwise a random part.
+    Resized to a height of 256, a panorama of 2 x 20,000 pixels would take 2 GB. With `center`, the center is kept, so
+    that center crops do not change; otherwise a random part.
     """
 
     LIMIT = 2**24  # pixels of the resized image
-    KEEP = 16  # longer side of the part, in shorter sides
+    KEEP = 16  # longer side of the part over the shorter side
 
     def __init__(self, size: int, interpolation: transforms.InterpolationMode, center: bool):
         super().__init__(size, interpolation)
         self.center = center
 
     def forward(self, image: Image.Image) -> Image.Image:
-        """Resize a PIL image."""
         short, long = sorted(image.size)
         resized = int(self.size * long / short)
         if self.size * resized <= self.LIMIT:
             return super().forward(image)
         length = self.KEEP * self.size
-        length += (resized - length) % 4  # CenterCrop then rounds as it does for the whole image
+        length += (resized - length) % 4  # so that CenterCrop rounds as for the whole image
         start = (resized - length) // 2 if self.center else int(torch.randint(resized - length + 1, ()))
         first, last = start * long / resized, (start + length) * long / resized
-        offset = max(0, int(first) - 4 - 4 * long // resized)  # left of what the resampling filter reads
+        offset = max(0, int(first) - 4 - 4 * long // resized)  # before what the filter reads
         box, size, origin = (first - offset, 0, last - offset, short), (length, self.size), (offset, 0)
         end = (min(long, int(last) + 5 + 4 * long // resized), short)
         if image.height == long:
             box, size, origin, end = (box[1], box[0], box[3], box[2]), size[::-1], origin[::-1], end[::-1]
-        part = image.crop(origin + end)  # as PIL keeps only 32 bits of each side of the box
+        part = image.crop(origin + end)  # because PIL keeps only 32 bits per side of the box
         return part.resize(size, Image.Resampling[self.interpolation.name], box)
 
 
 class Prepare(nn.Module):
     """Convert uint8 images to the model's input: x / 255, - mean, / std, then random erasing in training mode.
 
-    The order of the steps gives the same bits as torchvision's ToTensor and Normalize.
+    This order gives the same bits as torchvision's ToTensor and Normalize.
 
     Args:
-        mean, std: Three floats each, for pixels in 0..1.
-        reprob, remode, recount: timm's random erasing (arXiv 1708.04896) per image; `reprob` 0 turns it off.
-        device: Device of the images.
+        mean, std: three floats each, for pixels in 0..1.
+        reprob, remode, recount: timm's random erasing (arXiv 1708.04896), per image.
     """
 
     def __init__(
-        self,
-        mean: Sequence[float],
-        std: Sequence[float],
-        reprob: float = 0.0,
-        remode: str = "pixel",
-        recount: int = 1,
-        device: str | torch.device = "cpu",
+        self, mean: Sequence[float], std: Sequence[float], reprob=0.0, remode="pixel", recount=1, device: Any = "cpu"
     ):
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean, device=device).view(3, 1, 1))
@@ -386,29 +354,23 @@ class Prepare(nn.Module):
 
 
 def check_images(dataset: Any, num: int = 32) -> None:
-    """Decode an evenly spaced sample of the image files of a data set.
-
-    Raises:
-        BadImageError: A file cannot be read; the message names it.
-    """
-    samples = getattr(dataset, "samples", [])  # data sets without files have none
+    """Decode an evenly spaced sample of a data set's image files; raise a BadImageError if one cannot be read."""
+    samples = getattr(dataset, "samples", [])  # GRATINGS and CIFAR have no files
     for i in range(0, len(samples), max(1, len(samples) // num)):
         dataset.loader(samples[i][0])
 
 
 class SeededDataset(Dataset):
-    """Seed Python's, numpy's and torch's CPU generators per sample; keys are (index, seed) of a SeededSampler.
+    """Seed Python's, NumPy's and torch's CPU generators for each sample; keys are (index, seed) of a SeededSampler.
 
-    Args:
-        dataset: Map-style data set with random transforms.
-        bad_images: Number of unreadable files, over all workers of this process, that are replaced by the next
-            readable sample; one more raises BadImageError. At most 65,536.
+    Up to `bad_images` unreadable files (at most 65,536), over all workers of this process, are replaced by the next
+    readable sample. One more raises a BadImageError.
     """
 
     def __init__(self, dataset: Dataset, bad_images: int = 0):
         self.dataset = dataset
-        allowed = min(bad_images, len(dataset) - 1, 2**16)  # at least one sample must be left as a replacement
-        self.bad = Array("q", [-1] * allowed)  # indices of the unreadable files met; shared by the workers
+        allowed = min(bad_images, len(dataset) - 1, 2**16)  # leave a sample as replacement
+        self.bad = Array("q", [-1] * allowed)  # indices of unreadable files, shared by the workers
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -417,8 +379,8 @@ class SeededDataset(Dataset):
         index, seed = key
         while True:
             random.seed(seed)
-            np.random.seed(seed % 2**32)  # timm draws from numpy's global generator
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would also visit every GPU
+            np.random.seed(seed % 2**32)  # timm uses numpy's generator
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed GPUs
             try:
                 return self.dataset[index]
             except BadImageError as error:
@@ -426,7 +388,7 @@ class SeededDataset(Dataset):
                 index = (index + 1) % len(self.dataset)
 
     def _count(self, index, error):
-        """Count each bad image once, however often it is met."""
+        """Count a bad image, unless it was counted before."""
         with self.bad.get_lock():
             bad = self.bad[:]
             if index not in bad:
@@ -434,4 +396,4 @@ class SeededDataset(Dataset):
                 if left < 0:
                     raise error
                 self.bad[len(bad) - left - 1] = index
-                log(f"warning: {error}; taking the next one, {left} more allowed", every_rank=True)
+                log(f"warning: {error}; using the next one, {left} more allowed", every_rank=True)

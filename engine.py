@@ -38,20 +38,20 @@ def train_one_epoch(
 ) -> bool:
     """Train until the epoch ends or a stop is requested; return whether the epoch ended.
 
-    Between two console lines nothing here waits for the device.
+    Nothing here waits for the device between two console lines.
 
     Args:
         state: a `checkpoint.TrainState`; its model, optimizer, EMA, meter and step are updated.
-        loader: yields uint8 images (B, 3, H, W) and int64 labels (B,), from `state.step` on.
+        loader: yields uint8 images (B, 3, H, W) and int64 labels (B,), starting at `state.step`.
         criterion: (images, outputs, maps, labels) -> dict of scalar terms whose `loss` is minimized.
-        hooks: `hooks.pop()` returns the maps of the model's latest forward.
+        hooks: `hooks.pop()` returns the maps of the model's latest forward pass.
         prepare: uint8 images on the device -> float32 input.
         watch: counts steps without a finite loss or gradient across epochs.
         seed_step: called with (epoch, step) before each batch, to seed the device's randomness.
-        should_stop: collective; not 0 when all ranks are to stop at this step boundary.
+        should_stop: a collective that returns nonzero if all ranks must stop at this step boundary.
         mixup: (images, labels) -> (images, labels), or None.
         amp_dtype: autocast dtype; float32 turns autocast off.
-        accum_steps: batches per optimizer step; a last, incomplete group counts with its own size.
+        accum_steps: batches per optimizer step; an incomplete last group is averaged over its own size.
         clip_grad: largest gradient norm, or None.
         train_mode: False trains in eval mode, without dropout.
         print_freq: batches between console lines.
@@ -106,10 +106,10 @@ def train_one_epoch(
 def optimizer_step(state, parameters: list[Tensor], clip_grad: float | None) -> Tensor:
     """Unscale, clip, step and update the EMA; return the gradient norm, on the device.
 
-    The scaler is on in every precision, because it skips steps whose gradient is not finite without asking the device.
+    The scaler is used in every precision, because it skips steps with a bad gradient without a wait for the device.
     """
     for parameter in state.criterion.parameters():
-        if parameter.grad is not None:  # the loss is outside of DDP
+        if parameter.grad is not None:  # the loss is not in DDP
             utils.sum_over_ranks(parameter.grad).div_(utils.world_size())
     state.scaler.unscale_(state.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip_grad or torch.finfo(torch.float32).max)
@@ -127,7 +127,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 def to_device(batch: Iterable[Tensor], device: torch.device) -> list[Tensor]:
-    """Return the batch on the device; a GPU copies it on a stream of its own, beside the steps still computing."""
+    """Move a batch to the device; a GPU copies it on a separate stream while earlier steps compute."""
     if device.type != "cuda":
         return [tensor.to(device) for tensor in batch]
     copies, computing = copy_stream(device), torch.cuda.current_stream(device)
@@ -135,7 +135,7 @@ def to_device(batch: Iterable[Tensor], device: torch.device) -> list[Tensor]:
         batch = [tensor.to(device, non_blocking=True) for tensor in batch]
     computing.wait_stream(copies)
     for tensor in batch:
-        tensor.record_stream(computing)  # the memory is not reused while a step still reads it
+        tensor.record_stream(computing)  # do not reuse the memory while a step reads it
     return batch
 
 
@@ -152,20 +152,20 @@ def accumulation_group(step: int, num_steps: int, accum_steps: int) -> tuple[int
 
 
 def sync_gradients(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
-    """Let DistributedDataParallel sum gradients over the ranks in the last batch of a group only."""
+    """Let DistributedDataParallel sum gradients over ranks only in the last batch of a group."""
     return model.no_sync() if not last and hasattr(model, "no_sync") else contextlib.nullcontext()  # type: ignore
 
 
 def poison_unless_finite(loss: Tensor) -> Tensor:
-    """Return the loss with a NaN gradient where it is not finite, since an infinite loss can have a finite gradient.
+    """Give a loss that is not finite a NaN gradient, since an infinite loss can have a finite one.
 
-    The sum over the ranks carries the NaN to all of them, so the scaler skips the step everywhere.
+    The sum over ranks carries the NaN to all of them, so the scaler skips the step everywhere.
     """
     return loss * (1 + 0 * loss.detach())
 
 
 class ConstantScaler(GradScaler):
-    """A GradScaler whose scale stays 1: it only skips steps whose gradient is not finite."""
+    """A GradScaler with a scale of 1 that only skips steps with a non-finite gradient."""
 
     def __init__(self, device: str):
         super().__init__(device, init_scale=1.0)
@@ -178,7 +178,7 @@ class ConstantScaler(GradScaler):
 
 
 class BufferGuard:
-    """Restores BatchNorm statistics after a skipped step, because they have seen the bad batch."""
+    """Restore BatchNorm statistics after a skipped step, because the bad batch has changed them."""
 
     def __init__(self, model: nn.Module):
         norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
@@ -190,16 +190,16 @@ class BufferGuard:
 
     @torch.no_grad()
     def restore_unless(self, finite: Tensor) -> None:
-        """Copy them back unless `finite`, a bool scalar on the device, which is not waited for."""
+        """Copy them back unless `finite` (a bool scalar on the device), without a wait for the device."""
         for buffer, kept in zip(self.buffers, self.kept, strict=True):
             buffer.copy_(torch.where(finite, buffer, kept))
 
 
 class DivergenceWatch:
-    """Stops all ranks together when training breaks down; reads from the device only in `check`.
+    """Stop all ranks together when training breaks down; only `check` reads from the device.
 
-    Gradients are summed over the ranks before they are tested, so all ranks skip the same steps. That a rank's own
-    loss is not finite is exchanged in `check`. Steps in a row are counted across epochs.
+    Gradients are tested after they are summed over ranks, so all ranks skip the same steps. Losses are tested on each
+    rank, and `check` shares the result. Consecutive steps are counted across epochs.
     """
 
     def __init__(self):
@@ -211,7 +211,7 @@ class DivergenceWatch:
         self.steps, self.finite, self.norms, self.terms = [], [], [], []
 
     def note(self, rows: list[Tensor], norm: Tensor, step: int) -> None:
-        """Keep the terms (rows of numbers) and gradient norm of an optimizer step, on the device."""
+        """Record the terms (a row per batch) and gradient norm of an optimizer step, on the device."""
         terms = torch.stack(rows).sum(dim=0)
         self.steps.append(step)
         self.terms.append(terms)
@@ -222,7 +222,7 @@ class DivergenceWatch:
         """Count the steps without a finite loss or gradient; a collective.
 
         Raises:
-            utils.Diverged: 3 losses or 20 gradients in a row, or a gradient scale below 1.
+            utils.Diverged: 3 losses or 20 gradients in a row are not finite, or the gradient scale is below 1.
         """
         bad = utils.sum_over_ranks(1 - torch.stack(self.finite).long()).tolist()
         skipped = (~torch.stack(self.norms)).tolist()
@@ -234,7 +234,7 @@ class DivergenceWatch:
                 name = self._bad_term(terms)
                 utils.log(f"warning: {name} is not finite in {where}; all ranks skipped the step")
                 if self.bad_losses >= MAX_BAD_LOSSES:
-                    raise utils.Diverged(f"{name} was not finite {MAX_BAD_LOSSES} steps in a row, {where}")
+                    raise utils.Diverged(f"{name} was not finite in {MAX_BAD_LOSSES} steps in a row, up to {where}")
             if self.skipped >= MAX_SKIPPED:
                 raise utils.Diverged(f"{MAX_SKIPPED} steps in a row had no finite gradient, up to {where}")
         if scaler.get_scale() < 1:
@@ -290,12 +290,12 @@ def evaluate(
     classes: list[int] | None = None,
     observe: Callable[[Tensor], None] | None = None,
 ) -> dict | None:
-    """Return cross-entropy and accuracy over the images of all ranks, each image counted once.
+    """Return cross-entropy and accuracy over the images of all ranks, counting each image once.
 
     Args:
         model: images -> logits (B, classes), not wrapped in DDP.
         loader: yields uint8 images and int64 labels; the ranks' loaders hold disjoint shards if `sharded`.
-        device, prepare, amp_dtype, should_stop: as for `train_one_epoch`.
+        device, prepare, amp_dtype, should_stop: as in `train_one_epoch`.
         classes: the model's outputs to choose among, in the order of the labels; None for all.
         observe: called with the logits (B, classes) of each batch.
 

@@ -1,4 +1,4 @@
-"""Write a trained model in timm's own format, ready for `timm.create_model`, `hf upload` and timm's ONNX export."""
+"""Write a trained model in timm's format, for `timm.create_model`, `hf upload` and timm's ONNX export."""
 
 import json
 import platform
@@ -56,16 +56,16 @@ def export_model(
     """Write config.json, model.safetensors and README.md (the model card).
 
     Args:
-        model: A model of `models.build_model`. Its `pretrained_cfg` is replaced by the exported one.
-        folder: Made if there is none.
-        input_size: Side of the images in pixels.
-        crop_ratio: Side of the evaluation's center crop over the shorter side of the resized image.
-        classes: Names of the classes in the order of the logits.
-        model_args: Arguments beside the model's name and number of classes, such as {"embed_dim": 24}.
-        facts: What the model card lists, such as `card_facts`.
+        model: a model of `models.build_model`. Its `pretrained_cfg` is replaced by the exported one.
+        folder: created if it does not exist.
+        input_size: side of the images in pixels.
+        crop_ratio: side of the center crop for evaluation over the shorter side of the resized image.
+        classes: names of the classes in the order of the logits.
+        model_args: further arguments of the model, such as {"embed_dim": 24}.
+        facts: entries of the model card, such as `card_facts`.
 
     Raises:
-        UserError: The files cannot be written, or timm cannot describe the model.
+        UserError: the files cannot be written, or timm cannot describe the model.
     """
     kept = ("architecture", "fixed_input_size", "mean", "std", "pool_size", "first_conv", "classifier")
     config = {key: value for key, value in model_config(model).items() if key in kept}
@@ -79,8 +79,8 @@ def export_model(
     with utils.as_user_error(f"cannot export to {folder}: ", Exception):
         model.pretrained_cfg = PretrainedCfg(**config, num_classes=cast(int, model.num_classes)).to_dict()
         folder.mkdir(parents=True, exist_ok=True)
-        # timm's save_for_hf without its need for a huggingface_hub that fits this release of timm
-        config_path: Any = folder / "config.json"  # a Path, which timm 1.0.11 needs and later hints do not name
+        # like timm's save_for_hf, which needs a huggingface_hub that fits this release of timm
+        config_path: Any = folder / "config.json"  # timm 1.0.11 needs a Path, which later type hints do not list
         save_config_for_hf(model, config_path, model_config=labels, model_args=args)
         save_file(model.state_dict(), folder / "model.safetensors")
         card = CARD.format(title=folder.resolve().name, details=details, architecture=config["architecture"])
@@ -95,14 +95,14 @@ def card_facts(
     ema: bool = False,
     command: str = "",
 ) -> dict[str, str]:
-    """Return what a model card says about a run: accuracy, recipe, teacher, command line and versions.
+    """Return the entries of a model card: accuracy, recipe, teacher, command line and versions.
 
     Args:
-        args: The run's flags by name.
-        log: The run's log.txt, from which the accuracy comes.
-        epoch: The epoch whose weights are exported; None for the best one.
-        ema: The exported weights are the moving average.
-        command: The command line that repeats the run.
+        args: the run's flags by name.
+        log: the run's log.txt, which has the accuracy.
+        epoch: the epoch whose weights are exported; None for the best one.
+        ema: the exported weights are the moving average.
+        command: the command line that repeats the run.
     """
     facts = {}
     metric = "test_ema_acc" if ema else "test_acc"
@@ -126,7 +126,7 @@ def card_facts(
 
 
 def _read_log(path: str | Path | None, metric: str, epoch: int | None) -> list[dict[str, Any]]:
-    """Return the lines of log.txt that have the metric, of one epoch if it is given."""
+    """Return the lines of log.txt that have the metric, or only that of the epoch if one is given."""
     if path is None or not Path(path).is_file():
         return []
     lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.startswith("{")]

@@ -1,4 +1,4 @@
-"""What happens when something goes wrong: exit codes, signals, and the launcher."""
+"""Exit codes, signals, and the launcher."""
 
 import contextlib
 import ctypes
@@ -17,28 +17,23 @@ import torch.distributed as dist
 
 from utils import Diverged, Stopped, UserError, as_user_error, error_line, one_line, rank, run_status
 
-# Signals of torchrun, SLURM and other batch systems, and of a terminal that closes.
-NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGQUIT", "SIGXCPU")
-STOP_SIGNALS = tuple(getattr(signal, name) for name in NAMES)
-GRACE = 20.0  # seconds from a signal to the next step boundary; then the run ends without saving
+# Sent by torchrun, SLURM and other batch systems, and by a terminal that closes.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS += (signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU)
+GRACE = 20.0  # seconds to wait for a step boundary after a signal; then the run ends without saving
 
 # Exit codes
 
 
 @contextlib.contextmanager
 def exit_codes(*user_errors: type[Exception]) -> Iterator[None]:
-    """End the process with one line on stderr, status.json and an exit code.
+    """End the process with one line on stderr, status.json and an exit code. `user_errors` count as UserError.
 
     0: done. 1: a bug, which keeps its traceback, or another process failed. 2: a UserError. 3: Diverged.
     128 + n: stopped by signal n.
-
-    Args:
-        user_errors: further exceptions that count as UserError.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:  # closed by the parent
-            # Escape names that the terminal cannot encode.
-            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # a parent may have closed them
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # for odd file names
     try:
         yield
     except (Stopped, KeyboardInterrupt) as stop:
@@ -64,7 +59,7 @@ def exit_codes(*user_errors: type[Exception]) -> Iterator[None]:
 
 def finish(code: int, status: str | None, error: BaseException) -> None:
     """Print the error, write the status and end the process."""
-    sys.unraisablehook = lambda _: None  # a half-built loader complains when it is deleted
+    sys.unraisablehook = lambda _: None  # a half-built loader complains when deleted
     if rank() == 0 or code < 128:
         with contextlib.suppress(OSError):
             print(error_line(error) if code < 128 else error, file=sys.stderr, flush=True)
@@ -76,19 +71,19 @@ def finish(code: int, status: str | None, error: BaseException) -> None:
 
 
 def lost_worker(error: Exception) -> bool:
-    """Return whether an error says that a loader worker died, hung, or broke off while handing over a batch."""
+    """Return whether an error means that a loader worker died, hung, or failed to hand over a batch."""
     frames = traceback.extract_tb(error.__traceback__)
     in_loader = any(frame.filename == torch.utils.data.dataloader.__file__ for frame in frames)
     return str(error).startswith("DataLoader") or (in_loader and isinstance(error, (EOFError, ConnectionError)))
 
 
 def lost_contact(error: Exception) -> bool:
-    """Return whether an error says that another process did not take part in a collective."""
+    """Return whether an error means that another process did not take part in a collective."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def end_loader_workers() -> None:
-    """Kill the loader workers, which ignore signals and would keep this process from ending."""
+    """Kill the loader workers, which ignore signals and would keep this process alive."""
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
@@ -97,8 +92,8 @@ def end_loader_workers() -> None:
 def leave_distributed(code: int = 0) -> None:
     """End a process that has a process group, without the clean-up of Python and torch.
 
-    That clean-up made finished runs on two CPU processes abort ("terminate called without an active exception") in
-    9 of 60 cases, and hang in some where the group was destroyed first.
+    With the clean-up, 9 of 60 finished runs of two CPU processes aborted ("terminate called without an active
+    exception"); if the group was destroyed first, some hung.
     """
     if dist.is_initialized():
         if code == 0:
@@ -119,11 +114,11 @@ def end_process(code: int) -> None:
 
 
 class StopRequest:
-    """Collects signals that ask the run to stop, so that all ranks stop at the same step.
+    """Collect signals that ask the run to stop, so that all ranks stop at the same step.
 
-    Before `between_steps` there is nothing to save and a signal raises Stopped at once. Afterwards calling the object
-    at a step boundary returns the signal's number, or 0, on all ranks. With several processes the answer is that of
-    the call before: the ranks exchange it while they compute, so no step waits for it.
+    Before `between_steps`, there is nothing to save and a signal raises Stopped at once. After it, a call at a step
+    boundary returns the number of the signal, or 0, on all ranks. With several processes this is the answer to the
+    previous call: ranks exchange it while they compute, so no step waits for it.
 
     A process that reaches no boundary within `GRACE`, because it waits for an image or another rank, is ended.
     """
@@ -146,16 +141,16 @@ class StopRequest:
             raise Stopped(number)
 
     def _watch(self, reader: int) -> None:
-        """Wait for a signal in a thread: Python's handlers have to wait while the main thread is inside torch."""
+        """Wait for a signal in a thread, because Python's handlers do not run while the main thread is inside torch."""
         number = os.read(reader, 1)[0]
-        if not self.answered.wait(GRACE - (rank() == 0)):  # rank 0 first, since it writes the status
+        if not self.answered.wait(GRACE - (rank() == 0)):  # rank 0 ends first, because it writes the status
             late = f": no step ended within {GRACE:g} s, so nothing was saved after the last checkpoint"
             with contextlib.suppress(SystemExit):
                 finish(128 + number, "preempted", Stopped(number, late))
             end_process(128 + number)
 
     def between_steps(self, timeout: float = 1800.0) -> None:
-        """Start to act on signals at step boundaries only; a collective. `timeout` is that of init_distributed."""
+        """From now on, act on signals at step boundaries only; a collective. `timeout` is as in init_distributed."""
         if dist.is_initialized():
             self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
         self.stepping = True
@@ -177,12 +172,11 @@ class StopRequest:
 
 
 def begin_loader_worker(_: int) -> None:
-    """Initialize a DataLoader worker: it ends with its process and leaves signals to it."""
-    for number in STOP_SIGNALS:  # torchrun sends them to the whole process group
+    """Initialize a DataLoader worker: it ends with its parent and ignores signals."""
+    for number in STOP_SIGNALS:  # sent to the whole process group
         signal.signal(number, signal.SIG_IGN)
     _signal_when_parent_ends(signal.SIGKILL)
-    parent = multiprocessing.parent_process()
-    if parent and os.getppid() != parent.pid:  # it ended before the kernel knew
+    if (parent := multiprocessing.parent_process()) and os.getppid() != parent.pid:  # it ended before the call above
         os._exit(1)
 
 
@@ -195,7 +189,7 @@ def _signal_when_parent_ends(number: int) -> None:
 
 
 def end_with_launcher(grace: float = 4.0) -> None:
-    """Under torchrun, end this process within 5 seconds of the launcher's end, after a SIGTERM that lets it save."""
+    """Under torchrun, end within 5 seconds of the launcher, after a SIGTERM that lets the run save its state."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     launcher = os.getppid()
@@ -211,11 +205,7 @@ def end_with_launcher(grace: float = 4.0) -> None:
 
 
 def launched_as(expected: int | None = None) -> tuple[int, int]:
-    """Return (rank, number of processes) from the launcher's environment, (0, 1) without a launcher.
-
-    Raises:
-        UserError: the variables contradict each other or the `expected` number of processes.
-    """
+    """Return (rank, number of processes) from the launcher's variables, (0, 1) without one; check them."""
     env = os.environ
     launched = "RANK" in env or "WORLD_SIZE" in env
     if not launched and "SLURM_PROCID" in env and env.get("SLURM_NTASKS", "1") != "1":
@@ -225,13 +215,10 @@ def launched_as(expected: int | None = None) -> tuple[int, int]:
         )
     number, size = (env.get("RANK", "unset"), env.get("WORLD_SIZE", "unset")) if launched else ("0", "1")
     if not (number.isdecimal() and size.isdecimal() and int(number) < int(size)):
-        found = f"RANK is {number} and WORLD_SIZE is {size}"
-        raise UserError(f"{found}: expected 0 <= RANK < WORLD_SIZE, as torch.distributed.run sets them")
+        raise UserError(f"RANK is {number} and WORLD_SIZE is {size}: expected 0 <= RANK < WORLD_SIZE; use a launcher")
     if expected not in (None, int(size)):
-        raise UserError(
-            f"--world_size {expected} does not match the {size} processes: start with "
-            f"python -m torch.distributed.run --nproc_per_node={expected}, or leave --world_size out"
-        )
+        fix = f"start with python -m torch.distributed.run --nproc_per_node={expected}, or leave it out"
+        raise UserError(f"--world_size {expected} does not match the {size} processes: {fix}")
     return int(number), int(size)
 
 
@@ -240,33 +227,30 @@ def init_distributed(
 ) -> torch.device:
     """Join the launcher's process group, if there is one, and return this process's device.
 
-    Args:
-        device: "auto", "cuda", "cuda:1" or "cpu"; without an index it is the GPU of LOCAL_RANK.
-        dist_url: rendezvous address for torch.distributed.
-        timeout: seconds after which a collective that a process does not join ends the job.
-        expected: the number of processes that the user expects, or None.
+    `device` is auto, cuda (the GPU of LOCAL_RANK), cuda:N or cpu. A collective that a process does not join ends the
+    job after `timeout` seconds. `expected` is the number of processes that the user expects, or None.
     """
     number, size = launched_as(expected)
     chosen = _choose_device(device, size)
     if "RANK" not in os.environ:
         return chosen
-    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
-    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # After a restart it still holds the addresses of the processes that ended (pytorch issue 135712).
+    env = os.environ
+    if env.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # After a restart, that store still has the addresses of the old processes (pytorch issue 135712).
         raise UserError("--max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the launcher's environment")
     limit = datetime.timedelta(seconds=timeout)
     options: dict = {"backend": "gloo", "timeout": limit}
     if chosen.type == "cuda":
-        # NCCL's watchdog aborts the process, so it must run out after gloo, which raises an error we can report.
+        # NCCL's watchdog aborts the process, so gloo must time out first: it raises an error that we can report.
         later = limit + datetime.timedelta(seconds=120)
         options = {"backend": "cpu:gloo,cuda:nccl", "timeout": later, "device_id": chosen}
-    with as_user_error("the processes cannot meet: ", ValueError, dist.DistNetworkError):
+    with as_user_error("the processes cannot connect: ", ValueError, dist.DistNetworkError):
         dist.init_process_group(init_method=dist_url, rank=number, world_size=size, **options)
     return chosen
 
 
 def _choose_device(name: str, size: int) -> torch.device:
-    """Return the device of a name, checked against the machine, and make it current."""
+    """Return the device of this name and make it current."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     with as_user_error(f"--device {name}: expected cuda, cuda:N or cpu: ", RuntimeError):
@@ -278,9 +262,8 @@ def _choose_device(name: str, size: int) -> torch.device:
     if device.index is not None and size > 1:
         raise UserError(f"--device {name} would put all {size} processes on one GPU: give --device cuda")
     index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
-    found = torch.cuda.device_count()
-    if index >= found:
-        raise UserError(f"--device {name}: this machine has {found} GPUs, but GPU {index} is wanted: try --device cpu")
+    if index >= (found := torch.cuda.device_count()):
+        raise UserError(f"--device {name}: this machine has {found} GPUs, so there is no GPU {index}: try --device cpu")
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device

@@ -1,107 +1,30 @@
-"""The command line: DeiT's flags and ours, in groups, and the checks that flags alone allow.
+"""The command line: DeiT's flags and ours, and the checks that need nothing but the flags.
 
-Neither torch nor timm is imported here, so help and mistakes appear at once.
+This module imports neither torch nor timm, so help and errors appear at once.
 """
 
 import argparse
-import ast
-import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
 
-from utils import UserError, as_user_error, error_line
+from parsing import KeyValues, Parser, number, stored_kwargs
+from parsing import key_values as key_values  # for callers of this module
+from utils import UserError, error_line
 
 DATA_SETS = ("IMNET", "CIFAR", "INAT", "INAT19", "GRATINGS")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 DTYPES = ("float16", "bfloat16", "float32")
 FEATURE_LOSSES = ("spectral", "mse", "mse_plain", "manifold", "projector", "projector_trained")
-SMALL_IMAGE = 32  # DeiT's rule: up to this size, crops are of the whole image with a border of 4 pixels
+SMALL_IMAGE = 32  # up to this size, DeiT crops the whole image with a border of 4 pixels
 
 
 class Flags(argparse.Namespace):
-    """The flags of a run; `given` holds the names of those on the command line."""
+    """The flags of a run; `given` is the set of those on the command line, by name."""
 
     __slots__ = ("given",)  # kept out of vars()
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that reads `@file` arguments as a shell would, with # comments, and raises UserError."""
-
-    def __init__(self, description: str):
-        style = argparse.ArgumentDefaultsHelpFormatter
-        super().__init__(description=description, fromfile_prefix_chars="@", allow_abbrev=False, formatter_class=style)
-
-    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        try:
-            words = shlex.split(arg_line.lstrip("\ufeff"), comments=True)
-        except ValueError as error:
-            self.error(f"cannot read the line {arg_line.strip()} of an argument file: {error}")
-        return [os.path.expanduser(word) for word in words]
-
-    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
-        try:
-            return super().parse_args(args, namespace)
-        except RecursionError:
-            self.error("an argument file includes itself")
-        except UnicodeDecodeError as error:
-            self.error(f"an argument file is not UTF-8 text: {error}")
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
-def key_values(pairs: Sequence[str]) -> dict:
-    """Return ["depth=4", "name=abc"] as {"depth": 4, "name": "abc"}, with values read as Python literals if they are.
-
-    Raises:
-        UserError: a pair is not KEY=VALUE.
-    """
-    result = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not key or not equals:
-            raise UserError(f"expected KEY=VALUE, got {pair}")
-        try:
-            result[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            result[key] = value
-    return result
-
-
-def stored_kwargs(value: dict | list) -> dict:
-    """Return the model arguments of a checkpoint; runs before version 0.2 stored KEY=VALUE words."""
-    return key_values(value) if isinstance(value, list) else value
-
-
-class KeyValues(argparse.Action):
-    """Collect KEY=VALUE words in a dict."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        with as_user_error(f"{option_string}: ", UserError):
-            setattr(namespace, self.dest, key_values(values))
-
-
-def number(kind: type, low: float, high: float = math.inf, *, ends: bool = True) -> Callable[[str], Any]:
-    """Return an argparse type: a finite int or float in [low, high], or in (low, high) without `ends`."""
-    brackets = "[]" if ends and math.isfinite(high) else "[)" if ends else "()"
-    name = "a whole number" if kind is int else "a number"
-    expected = f"{name} in {brackets[0]}{low:g}, {high:g}{brackets[1]}"
-
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"expected {expected}, got {text}") from None
-        inside = low <= value <= high if ends else low < value < high
-        if not inside or math.isinf(value):
-            raise argparse.ArgumentTypeError(f"expected {expected}, got {text}")
-        return value
-
-    return parse
 
 
 def block_id(text: str) -> int | str:
@@ -110,6 +33,7 @@ def block_id(text: str) -> int | str:
 
 
 FRACTION = number(float, 0, 1)
+INSIDE = number(float, 0, 1, ends=False)
 NON_NEGATIVE = number(float, 0)
 POSITIVE = number(float, 0, ends=False)
 COUNT = number(int, 0)
@@ -138,25 +62,25 @@ def get_args_parser() -> Parser:
 
 
 def add_data_flags(add) -> None:
-    add("--data-set", default="IMNET", choices=DATA_SETS, help="data set; GRATINGS is embedded")
+    add("--data-set", default="IMNET", choices=DATA_SETS, help="data set; GRATINGS needs no files")
     add("--data-path", help="folder of the data set; IMNET: train/ and val/ with one folder per class")
     add("--inat-category", default="name", choices=INAT_CATEGORIES, help="taxonomic level of the classes (INAT*)")
-    sizes = number(int, 1, 10**8)
-    add("--gratings-sizes", nargs=2, type=sizes, default=[6000, 3000], metavar=("TRAIN", "VAL"), help="GRATINGS images")
+    counts: dict = {"nargs": 2, "default": [6000, 3000], "metavar": ("TRAIN", "VAL")}
+    add("--gratings-sizes", type=number(int, 1, 10**8), **counts, help="number of GRATINGS images")
     add("--input-size", type=AT_LEAST_ONE, default=224, help="image size in pixels")
     add("--eval-crop-ratio", type=number(float, 0.01, 1), default=0.875, help="center crop ratio for evaluation")
     add("--batch-size", type=AT_LEAST_ONE, default=64, help="batch size per process")
     add("--num_workers", "--num-workers", type=COUNT, default=10, help="data loading workers per process")
     add("--pin-mem", action=ON_OFF, default=True, help="pin CPU memory in the data loader")
-    add("--loader-timeout", type=NON_NEGATIVE, default=0, help="seconds to wait for a batch of a worker; 0: forever")
-    add("--skip-bad-images", type=COUNT, default=0, help="unreadable training images to replace per process")
+    add("--loader-timeout", type=NON_NEGATIVE, default=0, help="seconds to wait for a batch; 0: forever")
+    add("--skip-bad-images", type=COUNT, default=0, help="unreadable training images to replace, per process")
     add("--repeated-aug", action=ON_OFF, default=True, help="repeated augmentation: three copies of each image")
 
 
 def add_student_flags(add) -> None:
     add("--model", default="deit_tiny_patch16_224", help="timm model to train")
     add("--model-kwargs", nargs="*", action=KeyValues, default={}, metavar="KEY=VALUE", help="timm model arguments")
-    add("--num-classes", type=AT_LEAST_ONE, help="number of classes; default: those of the data set")
+    add("--num-classes", type=AT_LEAST_ONE, help="number of classes; default: the data set's")
     add("--pretrained", action="store_true", help="start from timm's pretrained weights")
     add("--finetune", default="", help="start from the weights in this file or URL")
     add("--drop", type=FRACTION, default=0.0, help="dropout rate")
@@ -164,33 +88,30 @@ def add_student_flags(add) -> None:
     add("--attn-only", action="store_true", help="train only attention, position embedding and head")
     add("--train-mode", action=ON_OFF, default=True, help="off: train in eval mode, without dropout")
     add("--model-ema", action=ON_OFF, default=True, help="keep an exponential moving average of the weights")
-    decay = number(float, 0, 1, ends=False)
-    add("--model-ema-decay", type=decay, default=0.99996, help="EMA decay per optimizer step")
-    add(
-        "--model-ema-force-cpu", action="store_true", help="keep the EMA on the CPU; every step then waits for the copy"
-    )
+    add("--model-ema-decay", type=INSIDE, default=0.99996, help="EMA decay per optimizer step")
+    add("--model-ema-force-cpu", action="store_true", help="keep the EMA on the CPU, which slows down every step")
 
 
 def add_teacher_flags(add) -> None:
-    add("--distillation-type", default="none", choices=("none", "fft", "soft", "hard"), help="kind of distillation")
+    help_text = "soft or hard: distill the teacher's logits and features; fft: its features only"
+    add("--distillation-type", default="none", choices=("none", "fft", "soft", "hard"), help=help_text)
     add("--teacher-model", default="cait_s24_224", help="timm model of the teacher")
     add("--teacher-path", default="", help="teacher weights, a file or URL; default: timm's pretrained weights")
-    add("--teacher-kwargs", nargs="*", action=KeyValues, default={}, metavar="KEY=VALUE", help="as --model-kwargs")
-    help_text = "weight of the logit distillation; cross-entropy is weighted by 1 - alpha, with fft too"
-    add("--distillation-alpha", type=FRACTION, default=0.5, help=help_text)
+    add("--teacher-kwargs", nargs="*", action=KeyValues, default={}, metavar="KEY=VALUE", help="timm model arguments")
     kinds = ("auto", "timm", "eager", "triton")
-    help_text = "attention of a CaiT or Swin teacher; auto: eager, until triton has been measured on a GPU"
-    add("--teacher-attention", default="auto", choices=kinds, help=help_text)
-    add("--teacher-dtype", default="float32", choices=DTYPES, help="dtype in which the teacher's weights are kept")
+    add("--teacher-attention", default="auto", choices=kinds, help="attention of a CaiT or Swin teacher; auto: eager")
+    add("--teacher-dtype", default="float32", choices=DTYPES, help="dtype of the teacher's weights")
+    help_text = "weight of logit distillation; cross-entropy is weighted by 1 - alpha, also with fft"
+    add("--distillation-alpha", type=FRACTION, default=0.5, help=help_text)
     add("--distillation-tau", type=POSITIVE, default=1.0, help="temperature of soft distillation")
-    help_text = "student blocks to match, as indices of timm's feature_info (blocks of a ViT, stages of a Swin), or all"
+    help_text = "student blocks to match: indices into timm's feature_info (ViT: blocks, Swin: stages), or all"
     add("--s-id", nargs="+", type=block_id, default=[], help=help_text)
-    add("--t-id", nargs="+", type=block_id, default=[], help="teacher blocks, one for each of --s-id, or all")
+    add("--t-id", nargs="+", type=block_id, default=[], help="teacher blocks, one per student block, or all")
     add("--w-fft", type=NON_NEGATIVE, default=0.2, help="weight of the feature loss")
-    add("--distillation-beta", type=NON_NEGATIVE, default=1.0, help="second factor of the feature loss, as published")
-    help_text = "feature loss: mse has the weight W/4K of the spectral loss, the others are those of other papers"
+    add("--distillation-beta", type=NON_NEGATIVE, default=1.0, help="further factor of the feature loss")
+    help_text = "feature loss; mse has the factor W/4K of the spectral loss, the others are from other papers"
     add("--feature-loss", default="spectral", choices=FEATURE_LOSSES, help=help_text)
-    help_text = "how to compute the spectral loss; both give the same value: closed is several times faster"
+    help_text = "how to compute the spectral loss; both give the same value, and closed is several times faster"
     add("--spectral-impl", default="closed", choices=("closed", "fft"), help=help_text)
 
 
@@ -203,29 +124,29 @@ def add_optimization_flags(add) -> None:
     add("--opt", default="adamw", help="timm optimizer")
     add("--opt-eps", type=POSITIVE, help="optimizer epsilon; default: the optimizer's")
     add("--opt-betas", nargs="+", type=FRACTION, help="optimizer betas; default: the optimizer's")
-    add("--clip-grad", type=POSITIVE, help="gradient norm to clip to; default: no clipping")
+    add("--clip-grad", type=POSITIVE, help="largest gradient norm; default: no clipping")
     add("--momentum", type=FRACTION, default=0.9, help="SGD momentum")
     add("--weight-decay", type=NON_NEGATIVE, default=0.05, help="weight decay")
     add("--lr", type=NON_NEGATIVE, default=5e-4, help="learning rate for a global batch of 512")
-    add("--unscale-lr", action="store_true", help="use --lr as it is, whatever the global batch")
+    add("--unscale-lr", action="store_true", help="do not scale --lr with the global batch")
     add("--sched", default="cosine", help="timm scheduler")
-    add("--lr-noise", nargs="+", type=FRACTION, help="learning rate noise: start, or start and end, as epoch fractions")
-    add("--lr-noise-pct", type=number(float, 0, 1, ends=False), default=0.67, help="limit of the noise")
+    add("--lr-noise", nargs="+", type=FRACTION, help="start, or start and end, of learning rate noise (0 to 1)")
+    add("--lr-noise-pct", type=INSIDE, default=0.67, help="largest relative noise")
     add("--lr-noise-std", type=NON_NEGATIVE, default=1.0, help="standard deviation of the noise")
     add("--warmup-lr", type=NON_NEGATIVE, default=1e-6, help="initial learning rate of the warm-up")
     add("--min-lr", type=NON_NEGATIVE, default=1e-5, help="lower bound of the schedule")
     add("--decay-epochs", type=POSITIVE, default=30, help="epochs between decays (step) or of the last decay (wsd)")
     add("--decay-rate", type=POSITIVE, default=0.1, help="decay factor (step, multistep) or power (poly)")
-    add("--warmup-epochs", type=COUNT, default=5, help="epochs of warm-up")
-    add("--cooldown-epochs", type=COUNT, default=0, help="further epochs at --min-lr (cosine, tanh, poly)")
-    add("--patience-epochs", type=COUNT, default=10, help="accepted for DeiT's command lines; has no effect")
+    add("--warmup-epochs", type=COUNT, default=5, help="warm-up epochs")
+    add("--cooldown-epochs", type=COUNT, default=0, help="extra epochs at --min-lr (cosine, tanh, poly)")
+    add("--patience-epochs", type=COUNT, default=10, help="accepted because DeiT has it; has no effect")
 
 
 def add_augmentation_flags(add) -> None:
     add("--color-jitter", type=NON_NEGATIVE, default=0.4, help="color jitter; timm skips it when --aa is used")
     add("--aa", default="rand-m9-mstd0.5-inc1", help="timm's AutoAugment policy, or none")
     kinds = ("bicubic", "bilinear", "random")
-    add("--train-interpolation", default="bicubic", choices=kinds, help="interpolation of the random resized crop")
+    add("--train-interpolation", default="bicubic", choices=kinds, help="interpolation of training crops")
     add("--ThreeAugment", action="store_true", help="DeiT III's 3-Augment instead of --aa")
     add("--src", action="store_true", help="DeiT III's simple random crop")
     add("--reprob", type=FRACTION, default=0.25, help="random erasing probability")
@@ -233,47 +154,44 @@ def add_augmentation_flags(add) -> None:
     add("--recount", type=AT_LEAST_ONE, default=1, help="maximum number of erased boxes per image")
     add("--mixup", type=FRACTION, default=0.0, help="mixup alpha; 0: off")
     add("--cutmix", type=FRACTION, default=0.0, help="CutMix alpha; 0: off")
-    add("--cutmix-minmax", nargs=2, type=FRACTION, help="CutMix side limits, instead of --cutmix")
+    add("--cutmix-minmax", nargs=2, type=FRACTION, help="limits of CutMix's box size, instead of --cutmix")
     add("--mixup-prob", type=FRACTION, default=1.0, help="probability of mixup or CutMix")
     add("--mixup-switch-prob", type=FRACTION, default=0.5, help="probability of CutMix when both are on")
-    add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"), help="scope of the mixing coefficient")
+    add(
+        "--mixup-mode",
+        default="batch",
+        choices=("batch", "pair", "elem"),
+        help="scope of a mixing coefficient",
+    )
 
 
 def add_run_flags(add) -> None:
     add("--output_dir", "--output-dir", default="", help="folder for checkpoints and logs; default: write nothing")
     add("--device", default="auto", help="cuda, cuda:N or cpu; auto: cuda if there is a GPU")
     kinds = ("auto", "none", "teacher", "both")
-    help_text = "torch.compile, which takes minutes at the start; auto: none, until it has been measured on a GPU"
-    add("--compile", default="auto", choices=kinds, help=help_text)
+    add("--compile", default="auto", choices=kinds, help="models to torch.compile, which takes minutes; auto: none")
     add("--deterministic", action="store_true", help="deterministic GPU kernels, for exact resumes; slower")
     add("--import", dest="import_module", default="", metavar="MODULE", help="module that registers models with timm")
-    add("--seed", type=number(int, 0, 2**62), default=0, help="seed of weights, order and augmentation")
+    add("--seed", type=number(int, 0, 2**62), default=0, help="seed of weights, sample order and augmentation")
     add("--resume", default="", help="checkpoint, URL, or auto: the newest valid one in --output_dir")
     add("--start_epoch", "--start-epoch", type=COUNT, help="first epoch; default: the one after the checkpoint's")
-    add("--overwrite", action="store_true", help="start again in a folder that holds checkpoints")
-    add("--save-every", type=COUNT, default=0, metavar="N", help="keep a checkpoint every N epochs; 0: none")
+    add("--overwrite", action="store_true", help="start over in a folder that contains a run")
+    add("--save-every", type=COUNT, default=0, metavar="N", help="keep a checkpoint every N epochs; 0: never")
     add("--eval", action="store_true", help="evaluate the weights and exit")
     add("--eval-ema", action="store_true", help="also evaluate the EMA; with --eval: only the EMA")
-    add("--dist-eval", action=ON_OFF, default=True, help="split the evaluation between processes")
+    add("--dist-eval", action=ON_OFF, default=True, help="split the validation set between processes")
     add("--export", default="", metavar="FOLDER", help="write the weights of --resume in timm's format and exit")
-    help_text = "with --eval on ImageNet: also score against the ReaL labels, of timm or of this file"
+    help_text = "with --eval on ImageNet: also score against the ReaL labels, timm's or those in FILE"
     add("--real-labels", nargs="?", const="timm", default="", metavar="FILE", help=help_text)
     add("--wandb", default="", metavar="PROJECT", help="also log to this Weights & Biases project (pip install wandb)")
-    add("--dry-run", action="store_true", help="build everything, train two steps, report cost, write nothing")
+    add("--dry-run", action="store_true", help="train for two steps, report the cost, and write nothing")
     add("--world_size", "--world-size", type=AT_LEAST_ONE, help="expected number of processes")
-    add("--dist_url", "--dist-url", default="env://", help="rendezvous address")
+    add("--dist_url", "--dist-url", default="env://", help="where processes meet, for torch.distributed")
     add("--dist-timeout", type=POSITIVE, default=1800, help="seconds before a hung collective ends the job")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Flags:
-    """Parse and check the flags of main.py.
-
-    Args:
-        argv: the flags; None for those of the process.
-
-    Raises:
-        UserError: with one line about the first mistake.
-    """
+    """Parse and check the flags of main.py; raise a UserError about the first mistake."""
     parser = get_args_parser()
     args = parser.parse_args(argv, Flags())
     for action in parser._actions:
@@ -296,11 +214,7 @@ FROM_CHECKPOINT += ("inat_category", "gratings_sizes")
 
 
 def complete_args(args: Flags, stored: dict) -> Flags:
-    """Return the flags with model and data of a checkpoint's run where they are not given.
-
-    Raises:
-        UserError: the data set has no folder.
-    """
+    """Return the flags, with model and data of a checkpoint's run where they are not given."""
     taken = {name: stored[name] for name in FROM_CHECKPOINT if name in stored and name not in args.given}
     if "model_kwargs" in taken:
         taken["model_kwargs"] = stored_kwargs(taken["model_kwargs"])
@@ -311,10 +225,7 @@ def complete_args(args: Flags, stored: dict) -> Flags:
 
 
 def to_arg_lines(args: argparse.Namespace) -> list[str]:
-    """Return the flags that differ from their defaults as lines of an argument file that repeats the run.
-
-    Left out are --overwrite, and the --resume that continued the run in its own folder.
-    """
+    """Return an argument file that repeats the run, without --overwrite and a --resume in its own folder."""
     resume, folder = (Path(getattr(args, name, "")).resolve() for name in ("resume", "output_dir"))
     left_out = ("overwrite", *(("resume", "start_epoch") if resume.parent == folder else ()))
     lines = []
@@ -333,7 +244,7 @@ def to_arg_lines(args: argparse.Namespace) -> list[str]:
 
 
 def parse_or_exit() -> argparse.Namespace:
-    """Parse the flags of the process; a mistake is one line on stderr and exit code 2."""
+    """Parse the flags of the process; on an error, print one line and exit with code 2."""
     try:
         return parse_args()
     except UserError as error:
@@ -342,11 +253,11 @@ def parse_or_exit() -> argparse.Namespace:
 
 
 def check_modes(args: argparse.Namespace) -> None:
-    """Check what the run is to do: train, evaluate, export, resume."""
+    """Check the choice between training, evaluation, export and resuming."""
     exclusive = [flag for flag in ("eval", "export", "dry_run") if getattr(args, flag)]
     if len(exclusive) > 1:
         first, second = (f"--{flag.replace('_', '-')}" for flag in exclusive[:2])
-        raise UserError(f"{first} and {second} exclude each other: give one")
+        raise UserError(f"{first} and {second} cannot be combined: give one")
     if args.eval and not (args.resume or args.finetune or args.pretrained):
         raise UserError("--eval without weights would score a random model: give --resume FILE or --pretrained")
     if args.export and not args.resume:
@@ -354,15 +265,15 @@ def check_modes(args: argparse.Namespace) -> None:
     if args.pretrained and args.finetune:
         raise UserError("--pretrained and --finetune both set the initial weights: give one")
     if args.resume not in ("", "auto") and (args.pretrained or args.finetune):
-        raise UserError("--resume brings the weights: leave --finetune and --pretrained out")
+        raise UserError("--resume sets the weights: leave out --finetune and --pretrained")
     if args.resume == "auto" and not args.output_dir:
-        raise UserError("--resume auto looks in --output_dir, which is not given: name the run's folder")
+        raise UserError("--resume auto needs --output_dir: give the folder of the run")
     if args.resume == "auto" and args.start_epoch is not None:
-        raise UserError("--start_epoch with --resume auto would start there every time: name the file to resume")
+        raise UserError("--start_epoch with --resume auto would start there every time: give the file to resume")
     if args.real_labels and not args.eval:
-        raise UserError("--real-labels needs --eval: they only change how ImageNet is scored")
+        raise UserError("--real-labels needs --eval: it has no effect on training")
     if args.resume and args.overwrite:
-        raise UserError("--resume continues a run and --overwrite starts it again: give one")
+        raise UserError("--resume continues a run and --overwrite starts it over: give one")
     if args.eval_ema and not args.eval and not args.model_ema:
         raise UserError("--eval-ema evaluates the EMA, which --no-model-ema turns off: give one")
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") not in ("", "0")
@@ -371,15 +282,15 @@ def check_modes(args: argparse.Namespace) -> None:
 
 
 def check_paths(args: argparse.Namespace) -> None:
-    """Check that the files and folders named exist."""
-    if not args.resume or (args.resume == "auto" and not args.eval):  # else the checkpoint may name the data set
+    """Check that the given files and folders exist."""
+    if not args.resume or (args.resume == "auto" and not args.eval):  # otherwise the checkpoint may name it
         check_data_path(args)
     teacher_path = args.teacher_path if args.distillation_type != "none" and not args.eval else ""
     for flag, path in (("resume", args.resume), ("finetune", args.finetune), ("teacher-path", teacher_path)):
         if path and path != "auto" and "://" not in path and not Path(path).is_file():
             found = "is a folder" if Path(path).is_dir() else "does not exist"
             hint = f", or give --output_dir {path} --resume auto" if flag == "resume" and Path(path).is_dir() else ""
-            raise UserError(f"--{flag} {path} {found}: name a file of weights{hint}")
+            raise UserError(f"--{flag} {path} {found}: give a file of weights{hint}")
 
 
 def check_data_path(args: argparse.Namespace) -> None:
@@ -389,63 +300,58 @@ def check_data_path(args: argparse.Namespace) -> None:
     if not args.data_path:
         raise UserError(f"--data-set {args.data_set} needs --data-path, the folder of its images")
     if not Path(args.data_path).is_dir():
-        raise UserError(f"--data-path {args.data_path} is not a folder: name the folder of the data set")
+        raise UserError(f"--data-path {args.data_path} is not a folder: give the folder of the data set")
+
+
+DISTILLATION_FLAGS = ("distillation_alpha", "distillation_tau", "teacher_model", "teacher_path", "teacher_kwargs")
+DISTILLATION_FLAGS += ("teacher_attention", "teacher_dtype", "s_id", "t_id", "w_fft", "distillation_beta")
+DISTILLATION_FLAGS += ("feature_loss", "spectral_impl")
 
 
 def check_distillation(args: Flags) -> None:
-    """Check the teacher's flags; one that would be ignored is refused, because it changes what the run measures."""
-    if args.distillation_type == "none":
-        needs, names = "--distillation-type soft, hard or fft", DISTILLATION_FLAGS
-    elif args.distillation_type != "soft":
-        needs, names = "--distillation-type soft", ("distillation_tau",)
-    else:
-        needs, names = "", ()
-    for name in names:
+    """Check the teacher's flags; refuse those that would be ignored, because the run would not be what it seems."""
+    kind = args.distillation_type
+    needs = "soft, hard or fft" if kind == "none" else "soft"
+    for name in DISTILLATION_FLAGS if kind == "none" else ["distillation_tau"] if kind != "soft" else []:
         if name in args.given:
-            raise UserError(f"--{name.replace('_', '-')} has no effect without {needs}: leave it out")
-    if args.distillation_type == "none":
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} has no effect without --distillation-type {needs}: leave it out")
+    if kind == "none":
         return
     if len(args.s_id) != len(args.t_id):
         counts = f"--s-id has {len(args.s_id)} ids but --t-id has {len(args.t_id)}"
         raise UserError(f"{counts}: give one teacher block per student block")
     weight = args.w_fft * args.distillation_beta
-    if weight == 0 and (args.distillation_type == "fft" or args.distillation_alpha == 0):
-        raise UserError("the teacher has no part in this loss: give --w-fft above 0, or --distillation-alpha above 0")
-
-
-DISTILLATION_FLAGS = (
-    *("distillation_alpha", "distillation_tau", "teacher_model", "teacher_path", "teacher_kwargs"),
-    *("teacher_attention", "teacher_dtype"),
-    *("s_id", "t_id", "w_fft", "distillation_beta", "feature_loss", "spectral_impl"),
-)
+    if weight == 0 and (kind == "fft" or args.distillation_alpha == 0):
+        raise UserError("the teacher would have no effect: give --w-fft or --distillation-alpha above 0")
 
 
 def check_optimization(args: Flags) -> None:
-    """Check flags of optimizer and schedule against each other."""
+    """Check the flags of the optimizer and the schedule."""
     if args.sched == "plateau":
-        raise UserError("--sched plateau is not supported: choose a schedule that depends on the epoch alone")
+        raise UserError("--sched plateau is not supported: choose a schedule that depends on the epoch only")
     if args.opt == "adahessian":
-        raise UserError("--opt adahessian is not supported: the training loop takes no second derivatives")
+        raise UserError("--opt adahessian is not supported: the training loop computes no second derivatives")
     if args.warmup_epochs > args.epochs and "warmup_epochs" in args.given:
         raise UserError(f"--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}: lower it")
     if args.lr_noise and (len(args.lr_noise) > 2 or args.lr_noise != sorted(set(args.lr_noise))):
-        raise UserError("--lr-noise takes where the noise starts, or where it starts and ends, in this order")
+        raise UserError("--lr-noise expects the start of the noise, or its start and its end")
     for key, flag in (("drop_rate", "--drop"), ("drop_path_rate", "--drop-path")):
         if key in args.model_kwargs:
             raise UserError(f"--model-kwargs {key} would override {flag}: give {flag} instead")
 
 
 def check_augmentation(args: Flags) -> None:
-    """Check flags of augmentation against each other."""
+    """Check the flags of augmentation."""
     if args.ThreeAugment and "aa" in args.given:
-        raise UserError("--aa and --ThreeAugment exclude each other: give one")
+        raise UserError("--aa and --ThreeAugment cannot be combined: give one")
     small = args.input_size <= SMALL_IMAGE and not args.ThreeAugment
     if args.src and small:
         raise UserError(f"--src does not apply to images of up to {SMALL_IMAGE} pixels: leave it out")
     if args.train_interpolation == "random" and (args.src or small):
         raise UserError("--train-interpolation random needs DeiT's random resized crop: give bicubic or bilinear")
     if args.cutmix_minmax and (args.cutmix or args.cutmix_minmax[0] >= args.cutmix_minmax[1]):
-        raise UserError("--cutmix-minmax takes the lower limit, then the upper one, in place of --cutmix")
+        raise UserError("--cutmix-minmax expects a lower and an upper limit, and no --cutmix")
     if mixup_active(args) and args.batch_size % 2:
         raise UserError(f"--mixup and --cutmix mix pairs of images: give an even --batch-size, not {args.batch_size}")
     if args.bce_loss and args.smoothing > 0:
@@ -453,5 +359,5 @@ def check_augmentation(args: Flags) -> None:
 
 
 def mixup_active(args: argparse.Namespace) -> bool:
-    """Return whether the batches are mixed."""
+    """Return whether mixup or CutMix is on."""
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None

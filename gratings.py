@@ -1,4 +1,4 @@
-"""GRATINGS, a data set that needs no files: every image is computed from its index."""
+"""GRATINGS, a data set without files: each image is computed from its index."""
 
 import math
 from collections.abc import Callable
@@ -14,18 +14,17 @@ _COSINE = np.array([round(256 * math.cos(2 * math.pi * k / 1024)) for k in range
 
 
 class Gratings(Dataset):
-    """Embedded data set: color images of a grating whose orientation and spatial frequency are the class.
+    """Color images of gratings in 24 classes: six orientations times four spatial frequencies.
 
-    Six orientations times four frequencies. Phase, colors and contrast are random; orientation and frequency jitter
-    around those of the class; a second, weaker grating, a disc and noise distract. Some images are therefore between
-    classes. An image depends only on (split, index) and uses integer arithmetic on raw random bits, so that it is the
-    same on every machine and with every version of numpy.
+    Phase, colors and contrast are random, orientation and frequency vary around those of the class, and a second,
+    weaker grating, a disc and noise distract, so some images are between classes. An image depends only on (split,
+    index) and is computed with integers from raw random bits: it is the same on every machine and numpy version.
 
     Args:
         split: "train" or "val".
-        num_images: Length of the data set; the first n images are the same for every length.
-        image_size: Side of the images in pixels.
-        transform: Maps an RGB PIL image to the image of the sample.
+        num_images: length of the data set; it does not change the images.
+        image_size: side of the images in pixels.
+        transform: RGB PIL image -> image of the sample.
     """
 
     ORIENTATIONS = 6  # over half a turn

@@ -1,6 +1,6 @@
-"""Triton kernel for CaiT's talking heads: what happens to the attention maps between q k^T and the product with v.
+"""Triton kernel for CaiT's talking heads: it turns q k^T into the attention maps that multiply v.
 
-Importing this module needs Triton and torch 2.6 or newer; `models.fast_attention` says so where they are missing.
+This module needs Triton and torch 2.6 or newer; without them, `models.fast_attention` raises an error.
 """
 
 import triton
@@ -8,20 +8,20 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-MAX_SCORES = 4096  # heads x keys that a program of two queries holds in registers without spills on sm_90
+MAX_SCORES = 4096  # heads x keys for which a program of two queries fits into the registers of sm_90
 
 
 @triton.jit
 def mix_softmax_mix_kernel(
     maps, before, after, N: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
-    """Replace the maps (B, H, N, N) by after softmax(before maps), with float32 arithmetic in registers.
+    """Replace maps (B, H, N, N) with after softmax(before maps), computed in float32 in registers.
 
-    A program holds ROWS queries of one image for all heads, so each map is read and written once.
+    A program has ROWS queries of one image for all heads, so each map is read and written once.
 
     Args:
         maps: contiguous, any floating dtype.
-        before, after: float32 (H, H), which mix the heads.
+        before, after: float32 (H, H) weights that mix the heads.
         COLS: power of two, at least N.
     """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -57,7 +57,7 @@ def launch(maps: Tensor, before: Tensor, after: Tensor, kernel=mix_softmax_mix_k
 
 @triton_op("spectralkd::mix_softmax_mix", mutates_args={"maps"})
 def mix_softmax_mix(maps: Tensor, before: Tensor, after: Tensor) -> None:
-    """Replace maps (B, H, N, N) by after softmax(before maps) in place, as an operator that torch.compile keeps.
+    """Replace maps (B, H, N, N) with after softmax(before maps), in place, as an operator for torch.compile.
 
     Args:
         maps: float16 or bfloat16, contiguous, on CUDA.

@@ -1,4 +1,4 @@
-"""Data loaders, and what their workers need of the machine."""
+"""Data loaders, and the open files and shared memory that their workers need."""
 
 import multiprocessing
 import os
@@ -17,33 +17,30 @@ _WAYS_OUT = "enlarge /dev/shm (docker run --shm-size=8g or --ipc=host), raise ul
 
 
 class LoaderError(RuntimeError):
-    """Shared memory or open files do not suffice for the loader workers."""
+    """The loader workers lack shared memory or open files."""
 
 
 class _BatchQueue(Queue):
-    """A queue that sends the error instead of a batch that cannot be sent; Python's would drop the batch.
-
-    The main process would then wait for the batch forever.
-    """
+    """A queue that sends an error if it cannot send a batch. Python's queue would drop it, and the run would hang."""
 
     def _on_queue_feeder_error(self, error, item):
         error = LoaderError(f"a loader worker cannot hand over its batch: {error}: {_WAYS_OUT}")
         self.put((item[0], ExceptionWrapper((LoaderError, error, None))))
 
 
-class _Fork(multiprocessing.context.ForkContext):  # fork, as workers compare their parent's process id
+class _Fork(multiprocessing.context.ForkContext):  # begin_loader_worker needs fork
     def Queue(self, maxsize=0):
         return _BatchQueue(maxsize, ctx=self)
 
 
 def _reserve_files(num_workers):
-    """Raise the soft limit on open files if the workers' pipes and batches may exceed it."""
+    """Raise the soft limit on open files if the workers may exceed it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = sys.maxsize if hard == resource.RLIM_INFINITY else hard
     needed = len(os.listdir("/dev/fd")) + 10 * num_workers + 20
     if needed > most:
         raise LoaderError(f"{num_workers} loader workers need {needed} open files; the limit is {most}: {_WAYS_OUT}")
-    if soft != resource.RLIM_INFINITY and soft < 2 * needed:  # twice, as validation has as many workers
+    if soft != resource.RLIM_INFINITY and soft < 2 * needed:  # twice, because validation has workers, too
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(2 * needed, most), hard))
 
 
@@ -51,8 +48,8 @@ def warn_if_shm_is_small(batch_bytes: int, num_workers: int) -> str | None:
     """Return a warning if /dev/shm cannot hold the batches that the loader workers prepare in advance, else None.
 
     Args:
-        batch_bytes: Size of a batch in bytes.
-        num_workers: Workers of all loaders and processes of this machine; each prepares two batches.
+        batch_bytes: size of a batch in bytes.
+        num_workers: workers of all processes on this machine; each prepares two batches.
     """
     try:
         free = shutil.disk_usage("/dev/shm").free
@@ -61,7 +58,7 @@ def warn_if_shm_is_small(batch_bytes: int, num_workers: int) -> str | None:
     needed = 2 * num_workers * batch_bytes
     if needed <= free:
         return None
-    return f"/dev/shm has {free >> 20} MB left, loader workers may need {needed >> 20} MB: {_WAYS_OUT}"
+    return f"/dev/shm has {free >> 20} MB left, but loader workers may need {needed >> 20} MB: {_WAYS_OUT}"
 
 
 def build_loader(
@@ -78,14 +75,14 @@ def build_loader(
     """Build a DataLoader of (uint8 images (B, 3, H, W), int64 labels (B,)) with persistent workers.
 
     Args:
-        timeout: Seconds to wait for a batch; 0 waits as long as the workers live.
-        worker_init_fn: Called in each worker with its number.
+        timeout: seconds to wait for a batch; 0 for no limit.
+        worker_init_fn: called in each worker with its number.
 
     Raises:
-        LoaderError: The limit on open files is too low. Iterating raises it if /dev/shm is full.
+        LoaderError: the limit on open files is too low. Iterating raises it if /dev/shm is full.
     """
-    # torch's handler raises from the death of a worker on any line the process is executing, even in the middle of
-    # saving a checkpoint. The DataLoader also finds a dead worker once it has waited 5 s (or `timeout`) for a batch.
+    # When a worker dies, torch's signal handler raises on the line being executed, even while a checkpoint is saved.
+    # Without it, the DataLoader finds the dead worker after it has waited 5 s (or `timeout`) for a batch.
     signal_handling._SIGCHLD_handler_set = True
     if num_workers > 0:
         _reserve_files(num_workers)

@@ -14,13 +14,13 @@ TERMS = ("loss_base", "loss_fft", "loss_dist")
 class FrozenTeacher:
     """A model in eval mode, without gradients, that returns its logits and feature maps.
 
-    Not an nn.Module, so a loss that holds one does not contain its parameters, and nor does a checkpoint.
+    It is not an nn.Module, so its parameters are not among those of the loss, nor in checkpoints.
 
     Args:
         model: a timm model, on its device.
         ids: ids of the blocks whose maps to return (`spectral.FeatureHooks`).
         scale, shift: from `renormalization`; None if student and teacher take the same images.
-        size: side of the images that the model takes, in pixels; others are resized. None takes any size.
+        size: side in pixels to which images are resized; None to leave them as they are.
         classes: the model's outputs to return as logits, in this order; None for all.
     """
 
@@ -38,7 +38,7 @@ class FrozenTeacher:
         return logits if self.classes is None else logits[:, self.classes], self.hooks.pop()
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Return the student's images (B, 3, H, W) as the teacher takes them."""
+        """Resize and renormalize the student's images (B, 3, H, W) for the teacher."""
         if self.size is not None and images.shape[-1] != self.size:
             images = F.interpolate(images, size=(self.size, self.size), mode="bicubic", antialias=True)
         return images if self.scale is None else images * self.scale + self.shift
@@ -47,9 +47,9 @@ class FrozenTeacher:
 def renormalization(
     student: Sequence[Sequence[float]], teacher: Sequence[Sequence[float]], device: torch.device
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return (scale, shift), each (3, 1, 1), such that x * scale + shift takes the student's images to the teacher's.
+    """Return (scale, shift), each (3, 1, 1): x * scale + shift converts the student's images to the teacher's.
 
-    `student` and `teacher` are the (mean, std) that each model's images are normalized with. If equal: (None, None).
+    `student` and `teacher` are each model's (mean, std) for its images. Return (None, None) if they are equal.
     """
     if student == teacher:
         return None, None
@@ -62,7 +62,7 @@ def renormalization(
 def soft_distillation(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
     """Return tau^2 KL(teacher || student) of logits (B, classes) divided by tau: summed over classes, mean over images.
 
-    DeiT also divides by the number of classes, so the same alpha weighs this term less there.
+    DeiT also divides by the number of classes, which gives this term less weight for the same alpha.
     """
     student = F.log_softmax(student.float() / tau, dim=1)
     teacher = F.log_softmax(teacher.float() / tau, dim=1)
@@ -71,12 +71,12 @@ def soft_distillation(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
 
 def hard_distillation(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
     """Return the cross-entropy of student logits (B, classes) with the teacher's argmax; `tau` is not used."""
-    # The argmax of NaN is a class, too: 0 x NaN and 0 x inf, both NaN, keep that from going unnoticed.
+    # The argmax of NaN is a valid class. Adding 0 x teacher makes the loss NaN if a logit is not finite.
     return F.cross_entropy(student.float(), teacher.argmax(dim=1)) + (0 * teacher).sum()
 
 
 class DistillationLoss(nn.Module):
-    """Total loss of a training step as a dict of terms; `loss` is the sum of the others.
+    """The training loss as a dict of terms; `loss` is the sum of the others.
 
     | kind | loss |
     |---|---|
@@ -143,7 +143,7 @@ class DistillationLoss(nn.Module):
         return torch.stack(pairs).mean()
 
     def compile(self, feature_loss: bool = False) -> None:  # type: ignore[override]
-        """Compile the teacher, and the feature loss if asked; complex numbers have no compiler."""
+        """Compile the teacher, and the feature loss if asked; torch.compile cannot compile complex numbers."""
         if self.teacher is not None:
             self.teacher.model = torch.compile(self.teacher.model, dynamic=False)  # type: ignore[attr-defined]
         if feature_loss and not self.per_pair and self.feature_loss is not spectral_loss:

@@ -1,8 +1,8 @@
-"""Train a student by spectral feature matching, or evaluate a checkpoint: wiring and the epoch loop."""
+"""Train a student by spectral feature matching, evaluate it or export it. `main` reads from top to bottom."""
 
 from flags import Flags, complete_args, get_args_parser, parse_args, parse_or_exit, to_arg_lines
 
-if __name__ == "__main__":  # before the imports that take seconds, so that --help and mistakes answer at once
+if __name__ == "__main__":  # before the slow imports, so that --help and errors in the flags appear at once
     ARGS = parse_or_exit()
 
 import contextlib
@@ -53,11 +53,11 @@ TERMS = ["loss", *losses.TERMS]
 
 
 def main(args: Flags) -> dict | None:
-    """Do what the flags ask for; return the statistics of an evaluation."""
+    """Train, evaluate or export, as the flags say; return the scores if evaluating."""
     # Set-up
     should_stop = faults.StopRequest()
     device = faults.init_distributed(args.device, args.dist_url, args.dist_timeout, args.world_size)
-    utils.set_numerics(args.deterministic)
+    set_numerics(args.deterministic)
     if args.import_module:
         models.import_models(args.import_module)
     folder = None if args.eval or args.export or args.dry_run else open_output_folder(args.output_dir)
@@ -83,12 +83,12 @@ def main(args: Flags) -> dict | None:
     classes = dataset_train.classes
     num_classes = args.num_classes or len(classes)
     if num_classes < len(classes):
-        raise UserError(f"--num-classes {num_classes} is less than the {len(classes)} of the data set")
+        raise UserError(f"--num-classes {num_classes} is too low: the data set has {len(classes)} classes")
     if checkpoint is not None and checkpoint.get("classes", classes) != classes:
         odd = sorted(set(classes) ^ set(checkpoint["classes"])) or ["their order"]
-        raise UserError(f"--resume: the classes differ from those of the run: {odd[0]}; use --finetune for other ones")
+        raise UserError(f"--resume: the data set's classes differ from the run's ({odd[0]}): use --finetune")
 
-    # Student, the same on all ranks; the EMA is copied before the hooks, and both come before the wrappers
+    # Student, identical on all ranks. Copy the EMA before adding hooks, and add hooks before DDP and torch.compile.
     utils.seed_everything(args.seed)
     model = build_student(args, num_classes).to(device)
     loader_train, sampler, loader_val = build_loaders(args, dataset_train, dataset_val, model, device)
@@ -111,7 +111,7 @@ def main(args: Flags) -> dict | None:
         state.load(checkpoint, args)
         if folder is not None:
             folder.repair_best(path, checkpoint)
-        del checkpoint  # as large as model and optimizer
+        del checkpoint  # as large as the model and its optimizer
     if args.start_epoch is not None:
         state.start_epoch(args.start_epoch)
         scheduler.step(max(args.start_epoch - 1, 0))
@@ -174,28 +174,38 @@ def main(args: Flags) -> dict | None:
             save(best=best, milestone=epoch if args.save_every and (epoch + 1) % args.save_every == 0 else None)
             run_status.write("running", epoch=epoch, best_accuracy=state.best_accuracy)
     if run_log.lost:
-        raise UserError(f"log.txt lacks epochs {run_log.lost}, because they could not be written")
+        raise UserError(f"epochs {run_log.lost} are missing from log.txt, because they could not be written")
     if folder is not None and folder.failures:
-        raise UserError(f"the last checkpoint of the run could not be written to {args.output_dir}")
+        raise UserError(f"the run's last checkpoint could not be written to {args.output_dir}")
     run_status.write("done", best_accuracy=state.best_accuracy, best_epoch=state.best_epoch)
     return None
 
 
+def set_numerics(deterministic: bool) -> None:
+    """Use TF32 and benchmarked convolutions on GPUs, or deterministic algorithms in full precision."""
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.set_float32_matmul_precision("highest" if deterministic else "high")
+    torch.backends.cudnn.allow_tf32 = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
 def find_checkpoint(args: Flags, folder: CheckpointFolder | None) -> tuple[Path | None, dict | None]:
-    """Return path and content of the checkpoint to resume or evaluate, Nones for a new run.
+    """Return the path and content of the checkpoint to resume or evaluate, or (None, None) for a new run.
 
     Raises:
-        UserError: none is valid, or the output folder holds another run.
+        UserError: no checkpoint is valid, or the output folder already contains a run.
     """
     if args.resume == "auto":
         path, checkpoint = (folder or CheckpointFolder(args.output_dir)).load_newest()
         if path is None and (args.eval or args.export):
-            raise UserError(f"--resume auto: there is no checkpoint in {args.output_dir}: name a file")
+            raise UserError(f"--resume auto: there is no checkpoint in {args.output_dir}: give a file")
         log(f"--resume auto: {path}" if path else "--resume auto: no checkpoint yet, starting a new run")
         return path, checkpoint
     inside = bool(folder and args.resume and Path(args.resume).resolve().parent == folder.folder.resolve())
     if folder and folder.files() and not args.overwrite and not inside:
-        raise UserError(f"{folder.folder} holds a run: --resume auto continues it, --overwrite starts again")
+        raise UserError(f"{folder.folder} contains a run: --resume auto continues it, --overwrite starts over")
     return (Path(args.resume), load_checkpoint(args.resume)) if args.resume else (None, None)
 
 
@@ -207,7 +217,7 @@ def save_state(args, state: TrainState, folder: CheckpointFolder | None, classes
 
 
 def stop_early(number: int, state: TrainState, saved: bool) -> None:
-    """End a run in mid-epoch.
+    """Stop a run in the middle of an epoch.
 
     Raises:
         utils.Stopped: always.
@@ -220,7 +230,7 @@ def stop_early(number: int, state: TrainState, saved: bool) -> None:
 
 
 def epoch_stats(state: TrainState, test: dict, test_ema: dict) -> dict:
-    """Return the line of log.txt for a validated epoch, under DeiT's names, and log the accuracies."""
+    """Log the accuracies of a validated epoch, and return its line of log.txt with DeiT's keys."""
     stats = {"train_lr": state.optimizer.param_groups[0]["lr"]}
     stats |= {f"train_{name}": value for name, value in state.meter.averages(over_ranks=True).items()}
     for prefix, scores, name in (("test", test, "the network"), ("test_ema", test_ema, "the EMA")):
@@ -231,7 +241,7 @@ def epoch_stats(state: TrainState, test: dict, test_ema: dict) -> dict:
 
 
 def write_arguments(args: Flags) -> None:
-    """Write run.args, with which `main.py @run.args` repeats the run."""
+    """Write run.args, so that `main.py @run.args` repeats the run."""
     if args.output_dir and rank() == 0:
         text = "\n".join(to_arg_lines(args)) + "\n"
         with utils.warn_on(OSError, "run.args not written"):
@@ -244,7 +254,7 @@ def num_parameters(model: nn.Module) -> int:
 
 
 def log_run(args: Flags, state: TrainState, dataset_train, dataset_val, num_epochs: int) -> None:
-    """Log what is about to be trained, and warn where a default does not fit."""
+    """Log the size of the run, and warn about defaults that do not suit it."""
     lr, sizes = state.optimizer.param_groups[0]["initial_lr"], (world_size(), args.batch_size, args.accum_steps)
     log(f"{len(dataset_train)} training and {len(dataset_val)} validation images; learning rate {lr:.4g}")
     log(f"global batch {math.prod(sizes)}: {sizes[0]} processes x {sizes[1]} images x {sizes[2]} accumulated")
@@ -254,15 +264,15 @@ def log_run(args: Flags, state: TrainState, dataset_train, dataset_val, num_epoc
     steps = num_epochs * len(dataset_train) // math.prod(sizes)
     if state.ema is not None and steps < 2 / (1 - args.model_ema_decay):
         advice = f"--model-ema-decay {1 - 10 / max(steps, 20):.4g}"
-        log(f"warning: {steps} steps are few for an EMA decay of {args.model_ema_decay:g}: try {advice}")
+        log(f"warning: an EMA decay of {args.model_ema_decay:g} is too slow for {steps} steps: try {advice}")
     if args.warmup_epochs > args.epochs:
-        log(f"warning: all {args.epochs} epochs are warm-up, which lasts {args.warmup_epochs} epochs by default")
+        log(f"warning: all {args.epochs} epochs are warm-up: give --warmup-epochs (default: {args.warmup_epochs})")
     if not args.output_dir:
-        log("warning: nothing of this run is saved, because --output_dir is not given")
+        log("warning: nothing will be saved, because --output_dir is not given")
 
 
 def dry_run(args: Flags, state: TrainState, train, loader, device: torch.device, num_epochs: int) -> None:
-    """Train two optimizer steps, and log what the second one cost and what the run would."""
+    """Take two optimizer steps, and log the cost of the second one and an estimate for the run."""
     batches = list(itertools.islice(loader, 2 * args.accum_steps))
     state.start_epoch(0)
     train(batches[: args.accum_steps])  # warm-up
@@ -282,7 +292,7 @@ def dry_run(args: Flags, state: TrainState, train, loader, device: torch.device,
 
 @record
 def run(args: Flags) -> None:
-    """Run the program; torchrun learns of an error that is not the user's through `record`."""
+    """Run the program; `record` reports unexpected errors to torchrun."""
     faults.end_with_launcher()
     with faults.exit_codes(datasets.BadImageError, LoaderError):
         main(args)

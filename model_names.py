@@ -1,4 +1,4 @@
-"""Names of models and where they come from; names of the classes that their weights know."""
+"""Names of models, their sources, and the names of the classes that their weights predict."""
 
 import difflib
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from torch import nn
 import utils
 from weights import model_config
 
-# How timm reads the config.json of each source of models; older releases have no local-dir.
+# How timm reads the config.json of models from each source; older releases have no local-dir.
 CONFIG_READERS: dict[str, Any] = {
     "hf-hub": timm.models.load_model_config_from_hf,
     "local-dir": getattr(timm.models._hub, "load_model_config_from_path", None),
@@ -20,15 +20,15 @@ CONFIG_READERS: dict[str, Any] = {
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Return (source, identifier); the source is "" for models of the installed timm, such as timm/resnet18."""
+    """Return (source, identifier); the source is "" for timm's own models, such as timm/resnet18."""
     source, colon, identifier = name.partition(":")
     return (source, identifier) if colon else ("", name.removeprefix("timm/"))
 
 
 def check_name(name: str) -> None:
-    """Raise a UserError unless timm has a model, and a pretrained tag, of this name.
+    """Raise a UserError unless timm has a model of this name, and the pretrained tag if one is given.
 
-    Besides timm's own names, `hf-hub:owner/name` and `local-dir:FOLDER` are accepted if the installed timm has them.
+    `hf-hub:owner/name` and `local-dir:FOLDER` are accepted as well, if the installed timm supports them.
     """
     source, identifier = split_name(name)
     if not source:
@@ -42,11 +42,11 @@ def check_name(name: str) -> None:
     elif CONFIG_READERS[source] is None:
         raise utils.UserError(f"model {name}: timm {timm.__version__} has no {source}: models: install a newer timm")
     elif source == "local-dir" and not (Path(identifier) / "config.json").is_file():
-        raise utils.UserError(f"model {name}: there is no {identifier}/config.json: name a folder that --export wrote")
+        raise utils.UserError(f"model {name}: there is no {identifier}/config.json: give a folder of --export")
 
 
 def pretrained_config(name: str) -> dict[str, Any]:
-    """Return timm's pretrained_cfg of a model name, read from its source; empty if timm has none."""
+    """Return timm's pretrained_cfg for a model name, read from its source; {} if there is none."""
     source, identifier = split_name(name)
     if source:
         with utils.as_user_error(f"model {name}: cannot read its config.json: ", Exception):
@@ -56,10 +56,10 @@ def pretrained_config(name: str) -> dict[str, Any]:
 
 
 def class_names(model: nn.Module, name: str, pretrained: bool, num_classes: int) -> list[str] | None:
-    """Return the names of the classes that a model's weights know, in the order of its logits, or None.
+    """Return the names of the classes that a model predicts, in the order of its logits, or None.
 
-    They come from the config that goes with the weights, or for timm's own ImageNet weights are WordNet ids
-    ("n01440764"). A model without pretrained weights, or with a head for other classes, knows none.
+    They come from the config of the weights; for timm's own ImageNet weights they are WordNet ids ("n01440764"). There
+    are none for a model without pretrained weights or with a head for other classes.
     """
     config = model_config(model)
     if not pretrained or config["num_classes"] != num_classes:
@@ -68,7 +68,7 @@ def class_names(model: nn.Module, name: str, pretrained: bool, num_classes: int)
     if not names and (name.startswith("hf-hub:timm/") or not split_name(name)[0]):
         subset = infer_imagenet_subset(config)
         names = ImageNetInfo(subset).label_names() if subset else None
-    if isinstance(names, Mapping):  # by index, as text in JSON
+    if isinstance(names, Mapping):  # {"0": name}, from JSON
         names = {int(index): label for index, label in names.items()}
         names = [names[index] for index in sorted(names)]
     return list(names) if names and len(names) == num_classes else None

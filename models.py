@@ -1,4 +1,4 @@
-"""Build timm models and describe what training needs to know about them."""
+"""Build timm models, describe them, and speed up the attention of frozen teachers."""
 
 import importlib
 import os
@@ -33,11 +33,7 @@ __all__ = [
 
 
 def import_models(module: str) -> None:
-    """Import a module that registers models with timm, from the current folder or Python's path.
-
-    Raises:
-        UserError: There is no such module.
-    """
+    """Import a module that registers models with timm, from Python's path or the current folder."""
     sys.path.append(os.getcwd())
     with utils.as_user_error(f"--import {module}: ", ImportError):
         importlib.import_module(module)
@@ -57,15 +53,15 @@ def build_model(
 
     Args:
         name: timm's name, with or without a pretrained tag, or one with a source (`check_name`).
-        num_classes: Classes of the head; 0 for no head, None for timm's default.
-        input_size: Side of the images in pixels, passed on to families whose input size is fixed.
-        kwargs: Further arguments for timm, such as {"embed_dim": 24}.
-        pretrained: Load timm's own weights, from its cache or downloaded.
-        drop: Dropout probability.
-        drop_path: Stochastic depth probability.
+        num_classes: classes of the head; 0 for no head, None for timm's default.
+        input_size: side of the images in pixels, for families with a fixed input size.
+        kwargs: further arguments for timm, such as {"embed_dim": 24}.
+        pretrained: load timm's own weights, from its cache or the hub.
+        drop: dropout probability.
+        drop_path: stochastic depth probability.
 
     Raises:
-        UserError: timm has no such model or argument, cannot get its weights, or the model gives no logits.
+        UserError: timm has no such model or argument, cannot load its weights, or the model returns no logits.
     """
     check_name(name)
     config = pretrained_config(name)
@@ -75,7 +71,7 @@ def build_model(
     options.setdefault("img_size", input_size)
     if not pretrained or options["img_size"] in (None, config["input_size"][-1]):
         return _create(name, num_classes, pretrained, options)
-    # timm resamples the position embeddings of pretrained weights for some families only.
+    # timm resamples position embeddings of pretrained weights only for some families.
     model = _create(name, num_classes, False, options)
     del options["img_size"]
     load_weights(model, _create(name, num_classes, True, options).state_dict())
@@ -88,12 +84,12 @@ def _create(name: str, num_classes: int | None, pretrained: bool, options: Mappi
     options = dict(options)
     with utils.as_user_error(f"timm cannot build {name}: ", Exception):
         if options.get("features_only"):
-            raise ValueError("features_only gives feature maps, but logits are needed: leave it out")
+            raise ValueError("features_only returns feature maps, but logits are needed: leave it out")
         while True:
             try:
                 model = timm.create_model(timm_name, pretrained=pretrained, num_classes=num_classes, **options)
                 break
-            except TypeError as error:  # only building shows that a family has no dropout or no stochastic depth
+            except TypeError as error:  # only building shows whether a family has dropout and stochastic depth
                 unknown = [
                     key for key in ("drop_rate", "drop_path_rate") if key in str(error) and options.get(key) == 0
                 ]
@@ -102,8 +98,8 @@ def _create(name: str, num_classes: int | None, pretrained: bool, options: Mappi
                 for key in unknown:
                     del options[key]
         if num_classes and _gives_map(model):
-            raise ValueError("without global_pool it gives a map, but logits are needed: name a pooling, such as avg")
-    if not getattr(model, "pretrained_cfg", None):  # registered by the user, as timm.models.register_model allows
+            raise ValueError("without global_pool it returns a map, but logits are needed: choose one, such as avg")
+    if not getattr(model, "pretrained_cfg", None):  # registered by the user without a config
         layers = [(key, m.out_features) for key, m in model.named_modules() if isinstance(m, nn.Linear)]
         layers = [(key, width) for key, width in layers if num_classes in (None, width)]
         classifier, num_classes = layers[-1] if layers else (None, num_classes)
@@ -113,7 +109,7 @@ def _create(name: str, num_classes: int | None, pretrained: bool, options: Mappi
 
 
 def _gives_map(model: nn.Module) -> bool:
-    """Return whether the model does not pool, so that its output is a map and not logits (B, classes)."""
+    """Return whether the model does not pool, so that it returns a map and not logits (B, classes)."""
     pools = [getattr(part, "global_pool", None) for part in (getattr(model, "head", None), model)]
     return "" in [getattr(pool, "pool_type", pool) for pool in pools]
 
@@ -127,19 +123,19 @@ def build_teacher(
     weights: Mapping[str, Tensor] | None = None,
     head: Literal["own", "fresh"] = "own",
 ) -> tuple[nn.Module, int]:
-    """Build a model in eval mode for images of a size if its family allows, else for images of its own size.
+    """Build a model in eval mode for images of `input_size` if its family supports that, else of its own size.
 
     Args:
-        name: As in `build_model`, as are `num_classes` and `kwargs`.
-        input_size: Side of the images in pixels.
-        weights: A state dict; None for timm's own weights.
-        head: As in `load_weights`.
+        name: as in `build_model`, as are `num_classes` and `kwargs`.
+        input_size: side of the images in pixels.
+        weights: a state dict; None for timm's own weights.
+        head: as in `load_weights`.
 
     Returns:
-        The model and the side of the images that it takes. Images of another size must be resized to it.
+        The model and the side of its images. Images of another size must be resized to it.
 
     Raises:
-        UserError: The model cannot be built for either size.
+        UserError: the model cannot be built for either size.
     """
     fixed_size = (kwargs or {}).get("img_size")
     own_size = pretrained_config(name).get("input_size", (3, input_size))[-1]
@@ -149,7 +145,7 @@ def build_teacher(
             model = build_model(name, num_classes, input_size=size, kwargs=kwargs, pretrained=weights is None).eval()
             if weights is not None:
                 load_weights(model, weights, head=head)
-            with torch.no_grad(), utils.as_user_error(f"{name} takes no images of {size} pixels: ", Exception):
+            with torch.no_grad(), utils.as_user_error(f"{name} cannot process images of {size} pixels: ", Exception):
                 model(torch.zeros(1, 3, size, size))
             return model, size
         except utils.UserError as error:
@@ -158,9 +154,9 @@ def build_teacher(
 
 
 def count_classes(name: str, weights: Mapping[str, Tensor], classes: Sequence[str] | None = None) -> int | None:
-    """Return the number of classes of a state dict's head for the model of this name; 0 without a head.
+    """Return the number of classes of the head in a state dict for this model; 0 without a head.
 
-    If timm does not say which layer is the head: the number of `classes`, or None, timm's default.
+    If timm does not name the head, return the number of `classes`, or None for timm's default.
     """
     heads = pretrained_config(name).get("classifier") or ()
     names = (heads,) if isinstance(heads, str) else heads
@@ -169,21 +165,17 @@ def count_classes(name: str, weights: Mapping[str, Tensor], classes: Sequence[st
 
 
 def normalization(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return (mean, std) of the model's input images, three floats each, on the scale 0..1."""
+    """Return the (mean, std) of a model's input images, three floats each, for pixels in 0..1."""
     return tuple(model_config(model)["mean"]), tuple(model_config(model)["std"])
 
 
 def has_batch_norm(model: nn.Module) -> bool:
-    """Return whether a model normalizes over the batch, which cannot be trained with one image."""
+    """Return whether a model has BatchNorm, which cannot be trained on a single image."""
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
 
 def freeze_all_but_attention(model: nn.Module) -> None:
-    """Train attention, position embedding and heads only, DeiT III's fine-tuning (arXiv 2203.09795).
-
-    Raises:
-        UserError: The model has no attention blocks.
-    """
+    """Train only attention, position embedding and heads (arXiv 2203.09795); a UserError if there is no attention."""
     trained = ("pos_embed", *(f"{head}." for head in head_names(model)))
     if not any(".attn." in name for name, _ in model.named_parameters()):
         raise utils.UserError(f"--attn-only: {model_config(model)['architecture']} has no attention blocks")
@@ -193,21 +185,21 @@ def freeze_all_but_attention(model: nn.Module) -> None:
 
 # Attention of frozen teachers
 #
-# CaiT's talking heads (arXiv 2003.02436) mix the heads of the attention maps. timm does it by Linear layers over
-# permuted (B, N, N, heads) copies of the maps, which takes most of what such a block spends outside its products.
+# CaiT's talking heads (arXiv 2003.02436) mix the heads of the attention maps. timm uses Linear layers on permuted
+# (B, N, N, heads) copies of the maps, which take most of the block's time outside its matrix products.
 
 
 class TalkingHeads(nn.Module):
-    """Drop-in replacement for timm's TalkingHeadAttn in evaluation: same parameters and names, no dropout.
+    """Replace timm's TalkingHeadAttn in evaluation, with the same parameters and names, but without dropout.
 
     With A = q k^T, timm computes (W softmax(L scale A + l) + w) v, where L and W mix the heads. Here `scale` is folded
-    into L, the softmax cancels l, which is the same for all keys, and w v is w times the sum of v over the keys, so it
-    is added to the product. Under autocast the maps stay in half precision; the softmax computes in float32 inside and
-    rounds once, as computing it in float32 and casting the result does.
+    into L; l cancels in the softmax, as it is the same for all keys; and w v, which is w times the sum of v over the
+    keys, is added to the product. Under autocast the maps stay in half precision. The softmax computes in float32
+    internally and rounds once, which equals a float32 softmax cast to half precision.
 
     Args:
         attention: timm's module with its final weights; its layers are shared.
-        kernel: `kernels.mix_softmax_mix`, used for half-precision maps on CUDA; None for PyTorch's operators.
+        kernel: `kernels.mix_softmax_mix`, for half-precision maps on CUDA; None for PyTorch's operators.
     """
 
     def __init__(self, attention: TalkingHeadAttn, kernel=None):
@@ -216,7 +208,7 @@ class TalkingHeads(nn.Module):
         self.qkv, self.proj = attention.qkv, attention.proj
         self.proj_l, self.proj_w = attention.proj_l, attention.proj_w
         self.kernel = kernel
-        # Rows of L scale, W and w: one small tensor to cast in each forward instead of three.
+        # Rows of L scale, W and w, in one tensor so that each forward pass casts one instead of three.
         parts = self.proj_l.weight * self.scale, self.proj_w.weight, self.proj_w.bias[None]
         self.register_buffer("mixes", torch.cat(parts).detach(), persistent=False)
 
@@ -224,7 +216,7 @@ class TalkingHeads(nn.Module):
         """Map tokens (B, N, C) to (B, N, C)."""
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))
         mixed = torch.empty_like(qkv[:, :, 0], memory_format=torch.contiguous_format)
-        # On a CPU one image at a time, whose maps (1.2 MB for CaiT-S24 at 224 pixels) then stay in the cache.
+        # On a CPU, one image at a time: its maps (1.2 MB for CaiT-S24 at 224 pixels) stay in the cache.
         size = 1 if x.device.type == "cpu" else len(x)
         with torch.autocast(x.device.type, enabled=False):
             for start in range(0, len(x), size):
@@ -234,14 +226,14 @@ class TalkingHeads(nn.Module):
     def _attend(self, qkv: Tensor, out: Tensor) -> None:
         """Write the attention of qkv (B, N, 3, heads, C / heads) to `out` (B, N, heads, C / heads)."""
         images, tokens, _, heads, _ = qkv.shape
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).flatten(1, 2)  # one copy of all three, none for a single image
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).flatten(1, 2)  # one copy, or none for a single image
         maps = torch.bmm(q, k.transpose(1, 2)).view(images, heads, -1)
         mixes = self.mixes.to(v.dtype)
         if self.kernel is not None and v.is_cuda and v.dtype in (torch.float16, torch.bfloat16):
             before, after, _ = self.mixes.float().split((heads, heads, 1))
             self.kernel(maps.view(images, heads, tokens, tokens), before, after)
         else:
-            # bmm with a repeated weight: `weight @ maps` would fold the images into the rows, and copy the maps for it.
+            # bmm with an expanded weight, because `weight @ maps` would copy the maps to fold images into rows.
             before, after, _ = mixes.expand(images, -1, -1).split((heads, heads, 1), dim=1)
             weights = torch.bmm(before, maps).view(images, heads, tokens, tokens).softmax(dim=-1)
             maps = torch.bmm(after, weights.flatten(2))
@@ -251,18 +243,17 @@ class TalkingHeads(nn.Module):
 
 
 def fast_attention(model: nn.Module, attention: str = "auto") -> nn.Module:
-    """Replace the attention of a frozen timm model, weights loaded and on its device, and return the model.
+    """Speed up the attention of a frozen timm model in place, after its weights are on the device; return the model.
 
-    Talking heads (CaiT) become `TalkingHeads`. On a CPU, Swin's windows use the fused kernel that timm keeps
-    experimental: it takes 10 to 25 % off the forward pass there and has not been measured on a GPU. State-dict keys and
-    tensors do not change, nor do other models.
+    CaiT's talking heads become `TalkingHeads`. On a CPU, Swin's windows use timm's experimental fused kernel, which
+    saves 10 to 25 % of the forward pass. State dicts do not change, nor do other models.
 
     Args:
         attention: "timm" changes nothing, "eager" uses PyTorch's operators, "triton" runs half-precision talking heads
-            on CUDA in one kernel. "auto" is "eager", because the kernel has not been measured on a GPU yet.
+            on CUDA in one kernel. "auto" is "eager", because the kernel has not been measured yet.
 
     Raises:
-        UserError: "triton" where the installed packages cannot run it.
+        UserError: the installed packages cannot run "triton".
     """
     if attention == "timm":
         return model

@@ -1,7 +1,6 @@
 """The figures of analyze.py and tables.py.
 
-A subject is an `analyze.Subject`: a model's name, the measurements of each of its blocks, and `curve(key)`, one number
-per block.
+A subject is an `analyze.Subject`: a model's name, the measurements of its blocks, and `curve(key)`, a number per block.
 """
 
 import math
@@ -14,7 +13,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 STYLE: Any = {"font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False}
 STYLE |= {"axes.linewidth": 0.6, "lines.linewidth": 1.2, "lines.markersize": 3.5, "legend.frameon": False}
-STYLE |= {"pdf.fonttype": 42}  # letters stay letters
+STYLE |= {"pdf.fonttype": 42}  # keeps text as text
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
 MARKERS = "osD^vP"
 STYLES = ("-", "--", ":", "-.")
@@ -29,11 +28,11 @@ ENTROPY = {
     "entropy_own_range": "entropy (bits), range of each block",
     "magnitude": "mean magnitude of the features",
 }
-WIDE_SPREAD = 30  # levels that differ by more are drawn on a logarithmic axis
+WIDE_SPREAD = 30  # curves with a larger ratio get a logarithmic axis
 
 
 def draw(subjects: list, pairs: dict | None = None) -> dict[str, Figure]:
-    """Return the figures of all measurements, and of the suggested pairs, by name."""
+    """Return {name: figure} for all measurements and the suggested pairs."""
     figures = {"intensity": draw_intensity(subjects)}
     figures["spectrum"] = draw_lines(subjects, half_spectrum, CHANNEL_FREQUENCY, "spectrum $S$")
     figures["heatmap"] = draw_heatmap(subjects)
@@ -44,7 +43,7 @@ def draw(subjects: list, pairs: dict | None = None) -> dict[str, Figure]:
 
 
 def draw_milestones(subjects: list) -> dict[str, Figure]:
-    """Return the figure of one training run; each subject is named after its epoch, as in "epoch 100"."""
+    """Return {name: figure} for a training run; each subject is named after its epoch, as in "epoch 100"."""
     curves = {"intensity": "intensity", "rms": "RMS of the features"}
     if "entropy" in subjects[0].blocks[0]:
         curves |= {key: title for key, title in ENTROPY.items() if key != "magnitude"}
@@ -63,14 +62,14 @@ def radial_power(block: dict) -> tuple:
 
 
 def depth_axis(subjects: list):
-    """Return (x of a subject's blocks, label): block numbers, or relative depth if the models differ in depth."""
+    """Return (subject -> x of its blocks, label): block numbers, or relative depth if the models differ in depth."""
     if len({len(subject.blocks) for subject in subjects}) == 1:
         return (lambda subject: np.arange(len(subject.blocks))), "block"
     return (lambda subject: np.linspace(0, 1, len(subject.blocks))), "relative depth"
 
 
 def draw_intensity(subjects: list) -> Figure:
-    """Draw intensity over depth: left with shuffled channels, right scaled to compare widths, with the RMS."""
+    """Draw intensity over depth: on the left with shuffled channels, on the right times sqrt(C) with the RMS."""
     place, label = depth_axis(subjects)
     figure, handles = Figure(figsize=(PAGE_WIDTH, 2.5), layout="constrained"), []
     left, right = figure.subplots(1, 2)
@@ -90,7 +89,7 @@ def draw_intensity(subjects: list) -> Figure:
 
 
 def draw_over_depth(subjects: list, curves: dict[str, str], epochs: list[int] | None = None) -> Figure:
-    """Draw one panel per curve, {key: title}: one color per model, or colored by epoch if the epochs are given."""
+    """Draw one panel per curve, {key: title}, with colors for the models, or for the epochs if they are given."""
     place, label = depth_axis(subjects)
     rows = math.ceil(len(curves) / 3)
     columns = math.ceil(len(curves) / rows)
@@ -117,7 +116,7 @@ def draw_over_depth(subjects: list, curves: dict[str, str], epochs: list[int] | 
 
 
 def finish_depth(axis, label: str, scale: bool = True) -> None:
-    """Scale an axis of curves over depth from zero, or logarithmically if they differ much; mark whole blocks."""
+    """Start the axis of curves over depth at zero, or make it logarithmic if they differ a lot; mark whole blocks."""
     levels = np.concatenate([line.get_ydata() for line in axis.lines])
     if scale and levels.max() > WIDE_SPREAD * levels.min() > 0:
         axis.set_yscale("log")
@@ -128,7 +127,7 @@ def finish_depth(axis, label: str, scale: bool = True) -> None:
 
 
 def draw_lines(subjects: list, line, xlabel: str, ylabel: str) -> Figure:
-    """Draw one line per block, colored by depth. `line` returns the x and y of a block."""
+    """Draw one line per block, colored by depth; `line` returns the x and y of a block."""
     place, label = depth_axis(subjects)
     scale = cm.ScalarMappable(colors.Normalize(0, max(place(subjects[0])[-1], 1)), DEPTH_COLORS)
 
@@ -158,7 +157,7 @@ def draw_heatmap(subjects: list) -> Figure:
 
 
 def draw_panels(subjects: list, plot, scale, xlabel: str, ylabel: str, sharey=False, **colorbar) -> Figure:
-    """Draw one panel per model, at most four per row and as wide as a page's text, and one color bar."""
+    """Draw a panel per model, at most four per row, not wider than a page, and a color bar."""
     rows = math.ceil(len(subjects) / 4)
     columns = math.ceil(len(subjects) / rows)
     figure = Figure(figsize=(min(1.5 + 2.1 * columns, PAGE_WIDTH), 0.4 + 2.1 * rows), layout="constrained")
@@ -177,7 +176,7 @@ def draw_panels(subjects: list, plot, scale, xlabel: str, ylabel: str, sharey=Fa
 
 
 def draw_suggestion(teacher, pairs: dict) -> Figure:
-    """Draw the teacher's curve and mark the chosen blocks, each with the number of its student block."""
+    """Draw the teacher's curve, and mark the chosen blocks with the number of their student block."""
     figure = Figure(figsize=(3.6, 2.5), layout="constrained")
     axis, curve = figure.subplots(), teacher.curve("intensity_corrected")
     axis.plot(curve, color=COLORS[0], marker=".", label=teacher.name)
@@ -190,12 +189,12 @@ def draw_suggestion(teacher, pairs: dict) -> Figure:
     return figure
 
 
-TERMS = {"train_loss_base": "weighted cross-entropy", "train_loss_dist": "weighted loss of the logits"}
-TERMS |= {"train_loss_fft": "weighted loss of the features"}
+TERMS = {"train_loss_base": "weighted cross-entropy", "train_loss_dist": "weighted logit distillation"}
+TERMS |= {"train_loss_fft": "weighted feature loss"}
 
 
 def draw_training(table: list) -> Figure:
-    """Draw top-1 and the loss terms of (row, runs) pairs over the epochs: one color per row, one line per seed."""
+    """Draw top-1 and loss terms over epochs for (row, runs) pairs: a color per row, a line per seed."""
     logged = [stats for _, runs in table for run in runs for stats in run.epochs.values()]
     terms = [term for term in TERMS if any(stats.get(term) for stats in logged)]
     mosaic: list[list[Any]] = [["test_acc1", term] for term in terms] or [["test_acc1"]]
@@ -209,7 +208,7 @@ def draw_training(table: list) -> Figure:
         for j, run in enumerate(runs):
             for name, axis in axes.items():
                 points = [(epoch + 1, stats.get(name)) for epoch, stats in sorted(run.epochs.items())]
-                points = [point for point in points if point[1]]  # terms a method lacks are logged as zero
+                points = [point for point in points if point[1]]  # unused terms are logged as zero
                 axis.plot([x for x, _ in points], [y for _, y in points], label=None if j else label, **style)
     for name, axis in axes.items():
         axis.set_title(TERMS.get(name, "top-1 on the validation set, %"), loc="left", fontsize=10)
@@ -232,9 +231,9 @@ def text(value) -> str:
 
 
 def draw_sweep(rows: list[dict]) -> Figure:
-    """Draw the best top-1 over the first varied flag, with the deviation over seeds; one line per method and setting.
+    """Draw the best top-1 over the first varied flag, with the deviation over seeds; a line per method and setting.
 
-    A row to which the flag does not apply is a horizontal line.
+    Rows to which the flag does not apply are horizontal lines.
     """
     figure = Figure(figsize=(6, 4.2), dpi=200, layout="constrained")
     axis, lines = figure.subplots(), {}

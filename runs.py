@@ -1,4 +1,4 @@
-"""Read the logs of runs: what they reached, what that depends on, and which published result they repeat."""
+"""Read the logs of runs: their accuracy, the settings that it depends on, and the published result they repeat."""
 
 import functools
 import json
@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 import flags
+import parsing
 
 ROOT = Path(__file__).parent
 PUBLISHED = json.loads((ROOT / "recipes" / "published.json").read_text(encoding="utf-8"))
 RELEASED = {entry["log"]: entry for entry in PUBLISHED["results"] if entry["log"]}
 DEFAULTS = vars(flags.get_args_parser().parse_args([]))
 
-# Arguments that cannot change the result. All others keep runs apart, including flags that later versions add.
+# Arguments that cannot change the result. All others tell runs apart, including flags of later versions.
 NEUTRAL = {
     *("output_dir", "resume", "start_epoch", "overwrite", "save_every", "eval", "eval_ema", "export", "dry_run"),
     *("dist_eval", "dist_url", "dist_timeout", "device", "num_workers", "pin_mem", "loader_timeout", "compile", "seed"),
@@ -27,7 +28,7 @@ NEUTRAL = {
 }
 FEATURE = ["s_id", "t_id", "feature_loss", "batch_per_process"]
 TEACHER = ["teacher_model", "teacher_path", "teacher_kwargs", "distillation_alpha", "distillation_tau", "w_fft"]
-# What a published result does not depend on or does not say; the number of parameters tells the classes.
+# Settings that a published result does not depend on or state; the number of parameters implies the classes.
 NOT_PUBLISHED = ["data_path", "inat_category", "gratings_sizes", "num_classes", "teacher_path"]
 NOT_PUBLISHED += ["model_ema", "model_ema_decay"]
 
@@ -61,14 +62,14 @@ class Run:
 
 
 def find_logs(path: Path) -> list[Path]:
-    """Return the log of a run's folder, all logs in a folder of runs or of downloaded logs, or the file itself."""
+    """Return the log of a run folder, the logs in a folder of runs or logs, or the file itself."""
     if not path.is_dir() or (path / "log.txt").exists():
         return [path / "log.txt" if path.is_dir() else path]
     return sorted([*path.glob("*/log.txt"), *path.glob("*.txt")]) or [path / "log.txt"]
 
 
 def read_run(log: Path) -> Run:
-    """Read a log and the arguments beside it; a ValueError or OSError if it is not one."""
+    """Read a log and the arguments next to it; raise a ValueError or OSError if it is not a log."""
     epochs = read_epochs(log)
     stored = log.with_name("args.json")
     if log.name == "log.txt" and stored.exists():
@@ -81,7 +82,7 @@ def read_run(log: Path) -> Run:
 
 
 def read_epochs(log: Path) -> dict[int, dict]:
-    """Return the numbers of each epoch. Of lines that repeat an epoch, as after a resume of DeiT, the last counts."""
+    """Return the numbers of each epoch. If lines repeat an epoch, as after resuming DeiT, the last one counts."""
     lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
     epochs: dict[int, dict] = {}
     for number, line in enumerate(lines, 1):
@@ -98,18 +99,18 @@ def read_epochs(log: Path) -> dict[int, dict]:
                 warn(f"{log}: line {number} repeats epoch {stats['epoch']}; the later line counts")
             epochs[stats["epoch"]] = stats
     if not epochs:
-        raise ValueError("it holds no epoch yet")
+        raise ValueError("it has no epochs yet")
     return epochs
 
 
 def num_epochs(args: dict) -> int:
-    """Return the length of a run; timm's cyclic schedules add the cool-down."""
+    """Return the number of epochs of a run; timm's cyclic schedules add the cool-down."""
     cyclic = args["sched"].startswith(("cosine", "tanh", "poly", "wsd", "rsqrt"))
     return args["epochs"] + (args["cooldown_epochs"] if cyclic else 0)
 
 
 def settings(args: dict) -> dict:
-    """Return the arguments that the result depends on; runs with equal ones differ only in their seed.
+    """Return the arguments that the result depends on. Runs with equal settings differ only in their seed.
 
     Raises:
         KeyError, TypeError, AttributeError, flags.UserError: they are not the arguments of a run.
@@ -117,14 +118,13 @@ def settings(args: dict) -> dict:
     known = {name: value for name, value in args.items() if name not in NEUTRAL}
     num_epochs(args)  # raises if its arguments are missing
     for name in ("model_kwargs", "teacher_kwargs"):  # version 0.1 stored lists of KEY=VALUE
-        pairs = flags.key_values(args[name]) if isinstance(args[name], list) else args[name]
-        known[name] = [f"{key}={value}" for key, value in pairs.items()]
+        known[name] = [f"{key}={value}" for key, value in parsing.stored_kwargs(args[name]).items()]
     known["s_id"], known["t_id"] = list(args["s_id"]), list(args["t_id"])
     known["global_batch"] = args["world_size"] * args["batch_size"] * args["accum_steps"]
     known["amp_dtype"] = args["amp_dtype"] or ("float32" if args["device"] == "cpu" else "float16")
     known["data_path"] = PurePath(args["data_path"] or "").name  # its folder may differ between machines
     known["w_fft"] = args["w_fft"] * known.pop("distillation_beta")
-    if args["feature_loss"].startswith(("manifold", "projector")):  # they relate the images of a process's batch
+    if args["feature_loss"].startswith(("manifold", "projector")):  # they compare the images of a process's batch
         known["batch_per_process"] = args["batch_size"]
     unused = FEATURE * (known["w_fft"] == 0) + ["distillation_tau"] * (args["distillation_type"] != "soft")
     unused += (TEACHER + FEATURE) * (args["distillation_type"] == "none")
@@ -136,7 +136,7 @@ def fingerprint(known: dict, without=(), **changed) -> str:
 
 
 def recipe_words(recipe: Path) -> Iterator[str]:
-    """Yield the words of a recipe and of those that it includes, which are relative to the repository."""
+    """Yield the words of a recipe and of the recipes it includes, which are relative to the repository."""
     for line in recipe.read_text(encoding="utf-8").splitlines():
         for word in shlex.split(line, comments=True):
             yield from recipe_words(ROOT / word[1:]) if word.startswith("@") else [word]
@@ -144,13 +144,13 @@ def recipe_words(recipe: Path) -> Iterator[str]:
 
 @functools.cache
 def recipe_settings(recipe: str) -> dict:
-    """Return the settings of a run by a recipe on 2 processes."""
+    """Return the settings of a recipe's run on 2 processes."""
     args = flags.get_args_parser().parse_args([*recipe_words(ROOT / "recipes" / f"{recipe}.args")])
     return settings(vars(args) | {"world_size": 2})
 
 
 def published(known: dict, parameters: int | None) -> dict | None:
-    """Return the published result whose recipe a run of these settings and parameters repeats on ImageNet, or None."""
+    """Return the published ImageNet result that a run with these settings and parameters repeats, or None."""
     if parameters != PUBLISHED["parameters"].get(known["model"]):
         return None
     for entry in PUBLISHED["results"]:
@@ -163,7 +163,7 @@ def published(known: dict, parameters: int | None) -> dict | None:
 
 
 def read_runs(paths: list[str]) -> list[Run]:
-    """Read all runs; what is not a run is named and skipped."""
+    """Read all runs; warn about everything else and skip it."""
     runs = {}
     for path in paths:
         logs = find_logs(Path(path))

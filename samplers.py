@@ -1,4 +1,4 @@
-"""Which samples a process sees, in which order, and the seed of each sample's augmentation."""
+"""The samples of each process, their order, and the seed of each sample's augmentation."""
 
 from collections.abc import Iterator, Sized
 
@@ -11,18 +11,17 @@ from utils import counter_seed
 class RASampler(Sampler):
     """Repeated augmentation (Hoffer et al., arXiv 1901.09335): several copies of an image, each augmented anew.
 
-    Each element of the epoch's permutation is repeated, and the copies are dealt to the processes in turn. As in DeiT,
-    an epoch has the length of the data set, rounded down to a multiple of 256 over all processes. Smaller data sets
-    are rounded down to a multiple of the processes instead; DeiT's epoch would be empty.
+    Each element of the epoch's permutation is repeated, and processes take the copies in turn. As in DeiT, an epoch has
+    the length of the data set, rounded down to a multiple of 256 over all processes. Below 256 images, it is rounded
+    down to a multiple of the number of processes instead; DeiT's epoch would be empty.
 
     Args:
-        num_replicas, rank: Number of processes, and the index of this one.
-        shuffle: Permute the data set instead of keeping its order.
-        num_repeats: Copies of each image.
-        seed: Added to the epoch to seed the permutation; the same on all processes.
-        block: Batch size per process, to deal blocks of this many copies in turn instead of single copies. Global
-            batches (of one forward pass) hold the same images either way, but copies of an image stay on one process,
-            which decodes it once. None is the original's order.
+        num_replicas, rank: number of processes, and the index of this one.
+        shuffle: permute the data set instead of keeping its order.
+        num_repeats: copies of each image.
+        seed: added to the epoch to seed the permutation; the same on all processes.
+        block: batch size per process; processes then take blocks of this size in turn, so each image is decoded by one
+            process only. Batches over all processes have the same images. None is DeiT's order, copy by copy.
     """
 
     def __init__(
@@ -72,14 +71,14 @@ class ShardSampler(Sampler):
 
 
 class SeededSampler(Sampler):
-    """Pair each index with the seed of its augmentation; can start in the middle of an epoch.
+    """Pair each index with the seed of its augmentation; it can start in the middle of an epoch.
 
-    The seed depends only on (seed, epoch, rank, position), so that neither the number of loader workers nor a restart
-    within an epoch changes the samples.
+    The seed depends only on (seed, epoch, rank, position), so neither the number of loader workers nor a restart within
+    an epoch changes the samples.
 
     Args:
-        sampler: Yields indices; its `set_epoch(epoch)` is called if it has one.
-        seed, rank: Seed of the run, and the index of this process.
+        sampler: yields indices; its `set_epoch(epoch)` is called if it has one.
+        seed, rank: seed of the run, and the index of this process.
     """
 
     def __init__(self, sampler: Sampler | Sized, seed: int, rank: int):
@@ -87,13 +86,13 @@ class SeededSampler(Sampler):
         self.epoch, self.start = 0, 0
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch and the position in it of the first sample."""
+        """Set the epoch, and the position in it at which to start."""
         self.epoch, self.start = epoch, start
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
 
     def __len__(self) -> int:
-        return max(0, len(self.sampler) - self.start)  # a data set may have shrunk before a resume
+        return max(0, len(self.sampler) - self.start)  # the data set may be smaller after a resume
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         for position, index in enumerate(self.sampler):
@@ -102,5 +101,5 @@ class SeededSampler(Sampler):
 
 
 def random_subset(size: int, number: int, seed: int) -> list[int]:
-    """Return `number` different indices below `size` (all if there are fewer), chosen by the seed alone."""
+    """Return `number` different indices below `size`, or all if there are fewer, drawn with this seed."""
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:number].tolist()

@@ -1,4 +1,4 @@
-"""What --eval and --export do with trained weights."""
+"""Score or export trained weights: --eval and --export."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,10 +17,10 @@ from weights import extract_weights, load_checkpoint, stored_args
 
 
 def load_student(args: Flags, checkpoint: dict | None) -> tuple[nn.Module, list[str] | None, str]:
-    """Return the student with the weights that --resume, --finetune or --pretrained name.
+    """Load the student with the weights of --resume, --finetune or --pretrained.
 
     Returns:
-        The model on the CPU, the names of its classes or None, and what the weights are, for messages.
+        The model on the CPU, the names of its classes or None, and a description of the weights for messages.
     """
     what, source = f"--resume {args.resume}", checkpoint
     if args.finetune:
@@ -33,10 +33,10 @@ def load_student(args: Flags, checkpoint: dict | None) -> tuple[nn.Module, list[
             weights = extract_weights(source, ema=args.eval_ema)
             count = count or models.count_classes(args.model, weights, source.get("classes"))
     elif args.eval_ema:
-        raise UserError("--eval-ema: timm's pretrained weights come without an EMA: leave it out")
+        raise UserError("--eval-ema: timm's pretrained weights have no EMA: leave it out")
     model = build_student(args, count)
     if args.pretrained and model.num_classes != models.model_config(model)["num_classes"]:
-        raise UserError("--pretrained with --num-classes would score a new head: leave --num-classes out")
+        raise UserError("--pretrained with --num-classes would score an untrained head: leave out --num-classes")
     if checkpoint is not None:
         with as_user_error(f"{what}: ", UserError):
             models.load_weights(model, weights)
@@ -45,7 +45,7 @@ def load_student(args: Flags, checkpoint: dict | None) -> tuple[nn.Module, list[
 
 
 def score(args: Flags, model: nn.Module, names, what: str, dataset, loader, scoring: dict) -> dict | None:
-    """Evaluate a model, with its outputs matched to the data set's classes by name, and log the accuracy."""
+    """Evaluate a model, match its outputs to the data set's classes by name, and log the accuracy."""
     index = match_outputs(dataset.classes, model, args.model, names, what)
     real, options = None, {}
     if args.real_labels:
@@ -58,7 +58,7 @@ def score(args: Flags, model: nn.Module, names, what: str, dataset, loader, scor
         return None
     log_accuracy(stats)
     if index is not None and len(index) < model.num_classes:
-        log(f"scored among the {len(index)} classes of the data set, out of the model's {model.num_classes}")
+        log(f"predictions are limited to the data set's {len(index)} of the model's {model.num_classes} classes")
     if real is not None:
         shards = utils.gather_objects(real.is_correct[1]) if args.dist_eval else [real.is_correct[1]]
         hits = [hit for shard in shards for hit in shard]
@@ -68,7 +68,7 @@ def score(args: Flags, model: nn.Module, names, what: str, dataset, loader, scor
 
 
 def real_labels(source: str, files: list[str], sampler: Iterable[int]) -> RealLabelsImagenet:
-    """Return the counter of ReaL accuracy (arXiv 2006.07159) for the images of this rank, in the sampler's order."""
+    """Return timm's counter of ReaL accuracy (arXiv 2006.07159) for the images of this rank, in the sampler's order."""
     try:
         real = RealLabelsImagenet(files, real_json=None if source == "timm" else source)
         unknown = [file for file in files if Path(file).name not in real.real_labels]
@@ -77,7 +77,7 @@ def real_labels(source: str, files: list[str], sampler: Iterable[int]) -> RealLa
     except AssertionError:
         raise UserError(f"--real-labels {source}: expected one entry for each of the {len(files)} images") from None
     if unknown:
-        raise UserError(f"--real-labels: {unknown[0]} is not named as in ImageNet, ILSVRC2012_val_00000001.JPEG")
+        raise UserError(f"--real-labels: {unknown[0]} has no ImageNet name, such as ILSVRC2012_val_00000001.JPEG")
     real.filenames = [files[i] for i in sampler]
     return real
 
@@ -91,7 +91,7 @@ def log_accuracy(stats: dict, name: str = "the network") -> None:
 
 
 def export(args: Flags, path: Path, checkpoint: dict) -> None:
-    """Write the weights of --resume, the checkpoint at `path`, in timm's format with class names and a model card."""
+    """Write the checkpoint at `path` in timm's format, with class names and a model card."""
     model, names, _ = load_student(args, checkpoint)
     if hasattr(model, "set_distilled_training"):
         model.set_distilled_training(False)

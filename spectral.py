@@ -8,8 +8,8 @@ With F_s and F_t the maps of one pair of blocks, the spectral loss is
 and the feature loss of a model is the mean of L over its pairs. Symbols used throughout: B images, C channels, an
 H x W grid of patch tokens, K = W // 2 + 1 columns of the half spectrum, N tokens (prefix tokens included).
 
-Source: Tian, Xu, Li and Pan, "SpectralKD", arXiv 2412.19055. In this file: the loss, the hooks that capture the maps,
-and the spectral analysis that the paper chooses its blocks by.
+Source: Tian, Xu, Li and Pan, "SpectralKD", arXiv 2412.19055. This file has the loss, the hooks that capture
+feature maps, and the spectral analysis by which the paper chooses its blocks.
 """
 
 import functools
@@ -50,7 +50,7 @@ def closed_spectral_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
         L = (|d|^2 + |P d|^2) / (4 B C H K)      dL/dd = (d + P d) / (2 B C H K)
 
-    The maps are read in any memory layout; the gradient is the only other tensor of their size in memory.
+    The maps may have any memory layout. The gradient is the only other tensor of their size in memory.
     """
     shape = _common_shape(student, teacher)
     # Without a gradient the teacher is pooled piece by piece inside; with one, autograd has to see the pooling.
@@ -77,7 +77,7 @@ class _ClosedForm(torch.autograd.Function):
             # Token maps and NHWC maps are channels-last in memory: sums over columns then run along channels.
             by_parity = d.permute(0, 2, 3, 1).unflatten(2, (columns, parities))
             mean = by_parity.sum(dim=2, keepdim=True) / columns
-            # Not a dot product or a norm: those lose digits on a CPU.
+            # Not a dot product or a norm, which lose digits on a CPU.
             total += d.square().sum() + columns * mean.square().sum()
             by_parity += mean
         count = 4 * student.numel() // width * (width // 2 + 1)
@@ -108,7 +108,7 @@ SPECTRAL_IMPLEMENTATIONS: dict[str, Callable] = {"closed": closed_spectral_loss,
 def align(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Pool two maps (B, C, H, W) to the smaller of their sizes in each dimension C, H and W.
 
-    The result is float32 (float64 stays), also inside autocast: cuFFT supports half precision for powers of two only.
+    The result is float32 (float64 if an input is), under autocast too: cuFFT has half precision only for powers of 2.
 
     Raises:
         ValueError: the batch sizes differ.
@@ -128,7 +128,7 @@ def _pool(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     for dim, size in enumerate(shape, 1):
         window, rest = divmod(x.shape[dim], size)
-        if window > 1 and not rest:  # a sum of slices takes any memory layout and a quarter of the time
+        if window > 1 and not rest:  # a sum of slices works in any memory layout, in a quarter of the time
             slices = x.unflatten(dim, (size, window)).unbind(dim + 1)
             x = functools.reduce(torch.add, (part.to(dtype) for part in slices)) / window
     x = x.to(dtype)
@@ -149,7 +149,7 @@ class FeatureHooks:
         ids: block ids, in the order in which `pop` returns their maps; repeats are allowed.
 
     Raises:
-        ValueError: here and in the model's forward, for a block that has no map; the message says why.
+        ValueError: here or in the model's forward, for a block that has no map; the message says why.
     """
 
     def __init__(self, model: nn.Module, ids: Iterable[int] = ()):
@@ -194,17 +194,17 @@ class FeatureHooks:
         elif self._channels_last or output.shape[1] != channels:
             output = output.permute(0, 3, 1, 2)
         if output.shape[1] != channels:
-            raise ValueError(f"{has_no_map} {output.shape[1]} channels, and its feature_info says {channels}")
+            raise ValueError(f"{has_no_map} {output.shape[1]} channels, but its feature_info says {channels}")
         self._maps[i] = output
 
     def pop(self) -> list[Tensor]:
-        """Return and forget the maps of the latest forward: one (B, C, H, W) view per id, in the order of `ids`.
+        """Return the maps of the latest forward pass and forget them: one (B, C, H, W) view per id, in order.
 
         Raises:
-            RuntimeError: there was no forward since the last call.
+            RuntimeError: there was no forward pass since the last call.
         """
         if self.ids and self._maps is None:
-            raise RuntimeError("no maps: there was no forward since the last pop()")
+            raise RuntimeError("no maps: there was no forward pass since the last pop()")
         maps, self._maps = self._maps, None
         for i in self.ids:
             if i not in maps:
@@ -220,10 +220,10 @@ class FeatureHooks:
 
 @torch.no_grad()
 def check_raster_order(model: nn.Module, images: Tensor, ids: Iterable[int]) -> None:
-    """Raise a ValueError if a block in `ids` has no map or, where timm can tell, not one of `forward_intermediates`.
+    """Raise a ValueError if a block has no map, or not the map that timm's `forward_intermediates` returns for it.
 
-    Hooks take patch tokens to be in raster order (row by row); Hiera, for one, orders them differently between blocks.
-    `images` (B, 3, H, W) should be random, since equal patches hide their order. Runs the model twice, in eval mode.
+    Hooks assume that patch tokens are in raster order (row by row); Hiera, for example, uses another order. `images`
+    (B, 3, H, W) should be random, since equal patches hide their order. The model runs twice, in eval mode.
     """
     ids, training = sorted(set(ids)), model.training
     hooks = FeatureHooks(model.eval(), ids)
@@ -232,7 +232,7 @@ def check_raster_order(model: nn.Module, images: Tensor, ids: Iterable[int]) -> 
         maps = hooks.pop()
         if not ids or not hasattr(model, "forward_intermediates"):
             return
-        # All of them: some timm versions also return the stem's output, which feature_info does not number.
+        # Compare with all: some timm versions also return the stem's output, which is not in feature_info.
         expected = model.forward_intermediates(images, output_fmt="NCHW", intermediates_only=True)
     finally:
         hooks.remove()
@@ -264,7 +264,7 @@ def describe_blocks(model: nn.Module) -> list[dict]:
 def layerwise_spectrum(maps: Tensor) -> Tensor:
     """Return |FFT along C| / C, averaged over images and grid: the magnitude of each frequency along the channels.
 
-    `maps` is (B, C, H, W); the result is float64 (C,), in the unit of the features. Bin k is k / C cycles per channel;
+    `maps` is (B, C, H, W); the result is float64 (C,), in units of the features. Bin k is k / C cycles per channel;
     bins k and C - k are equal. Channels have no natural order, so the level is informative and the shape is not.
     """
     channels = maps.shape[1]
@@ -275,7 +275,7 @@ def layerwise_spectrum(maps: Tensor) -> Tensor:
 def power_spectrum(maps: Tensor) -> Tensor:
     """Return |FFT over H and W|^2, orthonormal, averaged over images and channels: the power of each grid frequency.
 
-    `maps` is (B, C, H, W); the result is float64 (H, W), in the squared unit of the features, DC first. Its mean is the
+    `maps` is (B, C, H, W); the result is float64 (H, W), in squared units of the features, DC first. Its mean is the
     mean square of the maps.
     """
     spectrum = torch.fft.fft2(_at_least_float32(maps), norm="ortho")
@@ -313,7 +313,7 @@ class SpectralProfile:
         self._order, self._sums = None, {}
 
     def add(self, maps: Tensor) -> None:
-        """Add the maps (B, C, H, W) of more images; every image has the same weight, in batches of any size."""
+        """Add the maps (B, C, H, W) of more images; every image has the same weight, in a batch of any size."""
         if self._order is None:
             self.shape = tuple(maps.shape[1:])
             generator = torch.Generator().manual_seed(self.seed)
@@ -328,15 +328,15 @@ class SpectralProfile:
         self.num_images += len(maps)
 
     def result(self) -> dict[str, Tensor]:
-        """Return float64 tensors on the CPU, in the unit of the features unless noted.
+        """Return float64 tensors on the CPU, in units of the features unless noted.
 
-        intensity: mean of the layer-wise spectrum over its C bins, the paper's measure. By Parseval at most
-            rms / sqrt(C), and sqrt(pi) / 2 of that for complex Gaussian bins: it follows the norm of the features.
+        intensity: mean of the layer-wise spectrum over its C bins, the paper's measure. By Parseval, at most
+            rms / sqrt(C), and sqrt(pi) / 2 times that for complex Gaussian bins: it follows the norm of the features.
         intensity_shuffled: the same after one permutation of the channels.
         intensity_corrected: intensity x sqrt(C), comparable across widths.
         rms: root mean square of the features.
         spectrum: (C,), see `layerwise_spectrum`.
-        radial_frequency, radial_power: (R,), cycles per token and squared unit, see `radial_average`.
+        radial_frequency, radial_power: (R,), in cycles per token and squared units, see `radial_average`.
 
         Raises:
             RuntimeError: no maps were added.

@@ -1,9 +1,9 @@
-"""The two students of arXiv 2511.15572 (ICML 2026), which end as wide as the teacher, registered with timm.
+"""The two students of arXiv 2511.15572 (ICML 2026), whose last features are as wide as the teacher's.
 
 `deit_tiny_lift_patch16_224` is DeiT-Tiny with its last patch tokens lifted to twice the width;
-`deit_tiny_widelast_patch16_224` is DeiT-Tiny with a last block of twice the width. Both are plain timm
-VisionTransformers whose blocks change width, so hooks, evaluation, export and model arguments work as for timm's own.
-Importing this module registers them. Both load the checkpoints released with the paper (`checkpoint_filter_fn`).
+`deit_tiny_widelast_patch16_224` is DeiT-Tiny with a last block of twice the width. Both are timm
+VisionTransformers with blocks that change the width, so hooks, evaluation, export and model arguments work as usual.
+Importing this module registers them with timm. Both load the checkpoints released with the paper.
 """
 
 import re
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 
 class WideningBlock(Block):
-    """A pre-norm block that first takes all tokens to its own width: x <- LayerNorm(x P), without a shortcut.
+    """A pre-norm block that first projects all tokens to its own width: x <- LayerNorm(x P), without a shortcut.
 
     The projection and its norm exist only where the width changes. Tokens (B, N, width_in) -> (B, N, dim).
     """
@@ -36,7 +36,7 @@ class WideningBlock(Block):
 
 
 class LiftingBlock(Block):
-    """A block followed by z = LayerNorm(P x), eps 1e-5, of each patch token; prefix tokens end here and become zero.
+    """A block followed by z = LayerNorm(P x), eps 1e-5, for each patch token. Prefix tokens become zero.
 
     Tokens (B, N, dim) -> (B, N, lift_dim).
     """
@@ -56,9 +56,9 @@ class WideLast(VisionTransformer):
     """A ViT with a width and a number of heads for each block.
 
     Args:
-        widths: width of each block; default: `embed_dim` for all but the last one, which has twice as much.
+        widths: width of each block; default: `embed_dim`, and twice that for the last block.
         heads: attention heads of each block; default: heads as wide as those of the first block.
-        embed_dim, depth, num_heads: describe the narrow part where `widths` is not given.
+        embed_dim, depth, num_heads: used if `widths` and `heads` are not given.
         kwargs: further arguments of timm's VisionTransformer.
 
     Raises:
@@ -97,7 +97,7 @@ class WideLast(VisionTransformer):
             embed_layer=lambda **options: embed_layer(**options | {"embed_dim": widths[0]}),
             **kwargs,
         )
-        for name in ("cls_token", "pos_embed"):  # already initialized, but for the last width
+        for name in ("cls_token", "pos_embed"):  # timm initialized them for the last width
             setattr(self, name, nn.Parameter(getattr(self, name).detach()[..., : widths[0]].clone()))
         nn.init.normal_(self.cls_token, std=0.02)  # timm has 1e-6
         for block_info, width in zip(self.feature_info, widths, strict=True):
@@ -105,11 +105,10 @@ class WideLast(VisionTransformer):
 
 
 class Lift(VisionTransformer):
-    """A ViT whose logits come from the mean of lifted patch tokens; the class token takes part in attention only.
+    """A ViT that averages lifted patch tokens for its logits; the class token only takes part in attention.
 
-    The released model also carries the final norm and head of its base, which get no gradient. They are left out
-    here, so that every parameter is trained: DistributedDataParallel needs no search for unused ones, and the
-    optimizer keeps a state for each.
+    The released model also has the final norm and head of its base, which get no gradient. They are left out here, so
+    DistributedDataParallel need not search for unused parameters, and the optimizer has a state for each parameter.
 
     Args:
         lift_dim: width of the lifted tokens; default: twice `embed_dim`.
@@ -137,9 +136,9 @@ class Lift(VisionTransformer):
 
 
 def checkpoint_filter_fn(weights: dict[str, Tensor], model: VisionTransformer) -> dict[str, Tensor]:
-    """Rename the weights of a released Lift to ours, drop its unused norm and head, and resample to the model's grid.
+    """Rename the weights of a released Lift, drop its unused norm and head, and resample to the model's grid.
 
-    WideLast's released names are ours. `models.load_weights` and timm look this function up by its name.
+    WideLast needs no renaming. `models.load_weights` and timm find this function by its name.
     """
     if any(name.startswith("base_model.") for name in weights):
         unused = re.compile(r"base_model\.(norm|head)\.")
@@ -155,7 +154,7 @@ def checkpoint_filter_fn(weights: dict[str, Tensor], model: VisionTransformer) -
 
 
 def _default_cfg() -> dict:
-    """DeiT's, with the crop of its own evaluation: 224 of 256 pixels."""
+    """Return DeiT's config with the crop of DeiT's own evaluation: 224 of 256 pixels."""
     return {
         "num_classes": 1000,
         "input_size": (3, 224, 224),

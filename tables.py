@@ -1,4 +1,4 @@
-"""Turn the logs of runs into a table: measured next to published accuracy, spread over seeds, gains over controls."""
+"""Make a table of runs from their logs: accuracy next to published values, spread over seeds, gains over controls."""
 
 import argparse
 import csv
@@ -17,7 +17,7 @@ NAMES = {"soft KD + spectral": "SpectralKD", "soft KD + mse": "MSE baseline"}
 
 
 def method(run: Run) -> tuple[int, str]:
-    """Return the position and name of a run's method; without arguments, the loss terms in its log."""
+    """Return the position and name of a run's method; if its arguments are unknown, the loss terms in its log."""
     known, entry = run.settings, run.entry
     if not known and entry:
         return PUBLISHED["results"].index(entry), entry["method"]
@@ -39,7 +39,7 @@ def as_text(value) -> str:
 
 
 def make_row(runs: list[Run], teachers: dict[Path, float]) -> dict:
-    """Return the row of runs that differ only in their seed. `teachers` maps checkpoints to their top-1."""
+    """Return the row of runs that differ only in their seed; `teachers` maps checkpoints to top-1."""
     run, names, entry = runs[0], [r.name for r in runs], runs[0].entry or {}
     known, seeds = run.settings, [r.args["seed"] for r in runs if r.args]
     row = {
@@ -60,7 +60,7 @@ def make_row(runs: list[Run], teachers: dict[Path, float]) -> dict:
     for name in run.top1:
         values = [r.top1[name] for r in runs if r.top1[name] is not None]
         row[name] = statistics.fmean(values) if values else None
-        # Two runs of the same seed do not show the spread over seeds.
+        # Runs with the same seed do not show the spread over seeds.
         row[f"{name}_std"] = statistics.stdev(values) if len(set(seeds)) == len(values) > 1 else None
     row |= dict.fromkeys(("gain_no_teacher", "gain_no_teacher_se", "gain_soft_kd", "gain_soft_kd_se"))
     row |= {"parameters": run.parameters, "published": entry.get("best"), "source": entry.get("source")}
@@ -68,7 +68,7 @@ def make_row(runs: list[Run], teachers: dict[Path, float]) -> dict:
 
 
 def add_gains(row: dict, known: dict, controls: dict[str, dict]) -> None:
-    """Add the gain of the best epoch over each control that differs in nothing else, and its standard error."""
+    """Add the gain of the best epoch over each control, all else being equal, and its standard error."""
     wanted = {"gain_no_teacher": fingerprint(known, TEACHER + FEATURE, distillation_type="none")}
     if known["distillation_type"] == "soft":
         wanted["gain_soft_kd"] = fingerprint(known, FEATURE, w_fft=0.0)
@@ -80,7 +80,7 @@ def add_gains(row: dict, known: dict, controls: dict[str, dict]) -> None:
 
 
 def add_varied(table: list[tuple[dict, list[Run]]], names: list[str]) -> None:
-    """Add the values of the settings named, or else of those that differ between rows that would look the same."""
+    """Add the values of the named settings, or of those that differ between rows that would look the same."""
     alike: dict[tuple, list] = {}
     for row, runs in table:
         look = tuple(row[name] for name in ("data_set", "student", "teacher", "method", "epochs", "global_batch"))
@@ -92,22 +92,22 @@ def add_varied(table: list[tuple[dict, list[Run]]], names: list[str]) -> None:
 
 
 def order_of(value) -> tuple:
-    """Return a sort key: nothing first, then numbers, then text."""
+    """Return a sort key: None first, then numbers, then text."""
     number = isinstance(value, (int, float))
     return value is not None, not number, value if number else 0, as_text(value)
 
 
 def tabulate(runs: list[Run], vary: list[str]) -> list[tuple[dict, list[Run]]]:
-    """Group runs into rows: for each data set teachers first, then for each student controls before methods.
+    """Group runs into rows: teachers first for each data set, then for each student controls before methods.
 
     Args:
-        vary: settings that get a column and give the order.
+        vary: settings to show in columns and to sort by.
     """
     teachers: dict[Path, float] = {}
     groups: dict[str | Path, list[Run]] = {}
     for run in runs:
         teachers |= {run.folder / "model_best.pth": run.top1["best"], run.folder / "checkpoint.pth": run.top1["last"]}
-        # Unfinished runs, and runs with unknown arguments, have a row each.
+        # Unfinished runs and runs with unknown arguments have their own rows.
         groups.setdefault(fingerprint(run.settings) if run.args and run.done else run.log, []).append(run)
     teaching = {Path(run.settings.get("teacher_path") or "/").resolve().parent for run in runs}
 
@@ -132,12 +132,12 @@ def with_error(row: dict, name: str, sign: str = "") -> str:
     return "" if value is None else f"{value:{sign}.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
-MEANING = """Top-1 in percent; ± is the sample standard deviation over seeds. Gains compare the best epochs of runs that
-differ in nothing else; their ± is the standard error of the difference. Unfinished runs are excluded."""
+MEANING = """Top-1 in percent; ± is the sample standard deviation over seeds. Gains compare the best epochs of runs with
+otherwise equal settings; their ± is the standard error of the difference. Unfinished runs are excluded."""
 
 
 def markdown(rows: list[dict]) -> str:
-    """Return the table as aligned Markdown, with footnotes and what its numbers mean."""
+    """Return the table as aligned Markdown, with footnotes and a legend."""
     notes: dict[str, int] = {}
 
     def model(text):  # model arguments become footnotes
@@ -173,7 +173,7 @@ def markdown(rows: list[dict]) -> str:
 
 
 def align(table: list[dict]) -> list[str]:
-    """Return the lines of a Markdown table without the columns that are empty."""
+    """Return the lines of a Markdown table without empty columns."""
     table = [{name: str(cell).replace("|", "\\|") for name, cell in row.items()} for row in table]
     columns = [name for name in table[0] if any(row[name] for row in table)]
     widths = [max(len(name), *(len(row[name]) for row in table)) for name in columns]
@@ -182,10 +182,10 @@ def align(table: list[dict]) -> list[str]:
 
 
 def published_rows(table: list[tuple[dict, list[Run]]]) -> list[dict]:
-    """Return all published results, each beside the rows of runs that repeat it or of its released log."""
+    """Return all published results, each next to the rows of its released log or of runs that repeat it."""
     for row, runs in table:
         if runs[0].entry is None:
-            warn(f"{row['run']}: not shown, because it repeats no published result")
+            warn(f"{row['run']}: not shown, because it does not repeat a published result")
     first = ("student", "teacher", "method", "epochs", "global_batch", "best", "last", "last10")
     last = ("recipe", "differences", "source")
     measured = ("best", "best_std", "last", "last_std", "last10", "last10_std")
@@ -200,7 +200,7 @@ def published_rows(table: list[tuple[dict, list[Run]]]) -> list[dict]:
 
 
 def published_markdown(rows: list[dict]) -> str:
-    """Return the published results as aligned Markdown, with what its numbers mean."""
+    """Return the published results as aligned Markdown, with a legend."""
 
     def cells(row):
         numbers = {name: with_error(row, name) for name in row if name.startswith("measured")}
@@ -208,7 +208,7 @@ def published_markdown(rows: list[dict]) -> str:
         return {name.replace("_", " "): text for name, text in texts.items() if not name.endswith("_std")}
 
     lines = [*align([cells(row) for row in rows]), ""]
-    lines += ["Top-1 on ImageNet-1K in percent: best epoch, last epoch, mean of the last 10; published: one seed each."]
+    lines += ["Top-1 on ImageNet-1K in percent: best epoch, last epoch, mean of the last 10; published: one seed."]
     return "\n".join(lines)
 
 
@@ -234,8 +234,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--csv", action="store_true", help="print comma-separated values instead of Markdown")
     form.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
-    parser.add_argument("--published", action="store_true", help="print all published results, beside these runs")
-    help_text = "flags to show and to sort by, as of a sweep; default: those that tell rows apart"
+    parser.add_argument("--published", action="store_true", help="print all published results next to these runs")
+    help_text = "flags to show and sort by, such as those of a sweep; default: those that tell rows apart"
     parser.add_argument("--vary", type=varied_flags, default=[], metavar="FLAG,...", help=help_text)
     help_text = "also draw the training curves, or with --vary the best top-1 over the first flag"
     parser.add_argument("--plot", metavar="FILE.png", help=help_text)
@@ -247,7 +247,7 @@ def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
     runs = read_runs(args.paths)
     if not runs and (args.paths or not args.published):
-        warn("error: none of the arguments is the folder or the log of a run: give folders that contain log.txt")
+        warn("error: there is no run in these paths: give folders that contain log.txt")
         return 2
     table = tabulate(runs, args.vary)
     rows = published_rows(table) if args.published else [row for row, _ in table]

@@ -1,7 +1,4 @@
-"""Errors, ranks, seeds, meters, and the log of a run.
-
-torch is imported where it is used: reading flags and printing help must not wait seconds for it.
-"""
+"""Errors, ranks, seeds, meters, and the log of a run. torch is imported where it is needed, as that takes seconds."""
 
 import contextlib
 import json
@@ -9,6 +6,7 @@ import math
 import os
 import random
 import secrets
+import signal
 import socket
 import sys
 import tempfile
@@ -34,14 +32,12 @@ class Stopped(BaseException):
     """A signal ended the run early. Exit code 128 + the signal's number."""
 
     def __init__(self, number: int, detail: str = ""):
-        import signal
-
         super().__init__(f"stopped by {signal.Signals(number).name}{detail}")
         self.number = number
 
 
 def one_line(error: BaseException) -> str:
-    """Return the message of an error as one line, without the traceback a DataLoader worker puts in front of it."""
+    """Return the message of an error as one line, without the traceback of a DataLoader worker."""
     text = str(error).strip() or type(error).__name__
     if text.startswith("Caught "):
         text = text.splitlines()[-1].partition(": ")[2]
@@ -49,13 +45,13 @@ def one_line(error: BaseException) -> str:
 
 
 def error_line(error: BaseException) -> str:
-    """Return the line that is printed for an error; ranks other than 0 put their number in front."""
+    """Return the line to print for an error; ranks other than 0 add their number."""
     return f"{f'[rank {rank()}] ' if rank() else ''}error: {one_line(error)}"
 
 
 @contextlib.contextmanager
 def as_user_error(prefix: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Turn errors of these kinds into a UserError that begins with `prefix`."""
+    """Turn errors of these kinds into UserErrors that begin with `prefix`."""
     try:
         yield
     except kinds as error:
@@ -64,7 +60,7 @@ def as_user_error(prefix: str, *kinds: type[Exception]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def warn_on(kind: type[Exception], message: str) -> Iterator[None]:
-    """Log an error of this kind as a warning and continue after the block."""
+    """Log errors of this kind as warnings and continue after the block."""
     try:
         yield
     except kind as error:
@@ -72,11 +68,11 @@ def warn_on(kind: type[Exception], message: str) -> Iterator[None]:
 
 
 def log(*words: Any, every_rank: bool = False) -> None:
-    """Print on rank 0, or on every rank. A full disk or a closed pipe costs the line, not the run."""
+    """Print on rank 0, or on every rank. A full disk or a closed pipe loses the line but does not end the run."""
     if every_rank or rank() == 0:
         try:
             print(*words, flush=True)
-        except OSError:  # drop the line, or every later flush would fail with it
+        except OSError:  # drop the line, or all later flushes would fail
             old = sys.stdout
             sys.stdout = open(old.fileno(), "w", closefd=False, encoding=old.encoding, errors=old.errors)  # noqa: SIM115
 
@@ -91,14 +87,14 @@ def _dist():
 
 
 def rank() -> int:
-    """Return this process's rank; before the process group exists, the one in the launcher's environment."""
+    """Return the rank of this process; before there is a process group, the launcher's variables tell it."""
     dist = _dist()
     text = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     return dist.get_rank() if dist else int(text) if text.isdecimal() else 0
 
 
 def world_size() -> int:
-    """Return the number of processes in the group, 1 without one."""
+    """Return the number of processes; 1 without a process group."""
     dist = _dist()
     return dist.get_world_size() if dist else 1
 
@@ -114,57 +110,37 @@ def gather_objects(value: Any) -> list:
     """Return the values of all ranks, in rank order."""
     if not (dist := _dist()):
         return [value]
-    import torch
-
     values = [None] * world_size()
-    with torch.inference_mode(False):  # torch 2.4 cannot gather into inference tensors
+    with sys.modules["torch"].inference_mode(False):  # torch 2.4 cannot gather into inference tensors
         dist.all_gather_object(values, value)
     return values
 
 
 @contextlib.contextmanager
 def rank_zero_first() -> Iterator[None]:
-    """Run the block on rank 0 first, then on the others: rank 0 downloads, the others find the files.
-
-    Raises:
-        UserError: on every rank if the block raised one on rank 0.
-    """
-    if rank() != 0:
-        error = gather_objects(None)[0]
-        if error is not None:
-            raise UserError(error)
-        yield
-        return
+    """Run the block on rank 0 first, so that others find what it downloads. Its UserError is raised on all ranks."""
+    if rank() != 0 and (error := gather_objects(None)[0]) is not None:
+        raise UserError(error)
     try:
         yield
     except UserError as error:
-        gather_objects(str(error))
+        if rank() == 0:
+            gather_objects(str(error))
         raise
-    gather_objects(None)
+    if rank() == 0:
+        gather_objects(None)
 
 
 # Seeds
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the generators of Python, NumPy and torch, including those of GPUs."""
+    """Seed the generators of Python, NumPy and torch, on GPUs as well."""
     import torch
 
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def set_numerics(deterministic: bool) -> None:
-    """Choose the precision and kernels of GPUs: TF32 and benchmarked convolutions, or deterministic ones."""
-    import torch
-
-    torch.backends.cudnn.benchmark = not deterministic
-    torch.set_float32_matmul_precision("highest" if deterministic else "high")
-    torch.backends.cudnn.allow_tf32 = not deterministic
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
 
 
 def counter_seed(*counters: int) -> int:
@@ -182,9 +158,9 @@ def counter_seed(*counters: int) -> int:
 
 
 class Meter:
-    """Running averages of named numbers over the steps of an epoch, without steps that are not finite.
+    """Averages of named numbers over the steps of an epoch; steps with a non-finite number do not count.
 
-    Sums are float64 on the host and added step by step, so an epoch run in two pieces gives the same bits.
+    Sums are float64 on the host and added step by step, so an interrupted epoch gives the same bits.
     """
 
     def __init__(self, names: list[str]):
@@ -199,7 +175,7 @@ class Meter:
                 self.sums[name] += value
 
     def averages(self, over_ranks: bool = False) -> dict[str, float]:
-        """Return {name: mean} of this process or of all."""
+        """Return {name: mean} of this process or of all processes."""
         totals = [self.count, *self.sums.values()]
         if over_ranks:
             totals = [sum(column) for column in zip(*gather_objects(totals), strict=True)]
@@ -211,7 +187,7 @@ class Meter:
         return gather_objects({"sums": dict(self.sums), "count": self.count})
 
     def load_state_dict(self, states: list[dict]) -> None:
-        """Load this rank's sums; if the number of processes changed, rank 0 takes all of them."""
+        """Load this rank's sums; if the number of processes has changed, rank 0 takes all sums."""
         if len(states) == world_size():
             states = [states[rank()]]
         elif rank() != 0:
@@ -221,17 +197,12 @@ class Meter:
 
 
 def write_atomically(path: str | Path, write: Callable[[Any], Any]) -> None:
-    """Write a file so that a kill at any moment leaves the old content or the new, complete and on disk.
-
-    Args:
-        path: the file.
-        write: called with a binary file object.
-    """
+    """Call `write` with a binary file, so that a kill leaves either the old file or the whole new one on disk."""
     path = Path(path)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            os.fchmod(handle, 0o644)  # mkstemp hides the file from colleagues
+            os.fchmod(handle, 0o644)  # mkstemp makes it unreadable for others
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -244,7 +215,7 @@ def write_atomically(path: str | Path, write: Callable[[Any], Any]) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to disk, so that renames in it survive a power cut."""
+    """Flush a folder to disk, so that its renames survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -253,13 +224,10 @@ def sync_folder(folder: Path) -> None:
 
 
 class RunLog:
-    """log.txt (one JSON object per line and epoch), args.json and TensorBoard scalars, written by rank 0.
+    """log.txt (a line of JSON per epoch), args.json, TensorBoard scalars and Weights & Biases, written by rank 0.
 
-    Args:
-        folder: output folder; empty to write nothing.
-        arguments: the run's flags, for args.json.
-        start_epoch: lines of this epoch and later ones are dropped, because a resumed run writes them again.
-        wandb_project: Weights & Biases project to log to as well; empty for none.
+    Lines that an earlier run wrote for `start_epoch` or later epochs are dropped. An empty `folder` or `wandb_project`
+    turns off what is written there.
     """
 
     def __init__(self, folder: str | Path, arguments: dict, start_epoch: int = 0, wandb_project: str = ""):
@@ -269,7 +237,7 @@ class RunLog:
             self.wandb = _begin_wandb(wandb_project, self.folder, arguments, resumed=start_epoch > 0)
         if self.folder is None:
             return
-        from torch.utils.tensorboard import SummaryWriter  # takes seconds and is needed on rank 0 only
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         self.path = self.folder / "log.txt"
         with as_user_error(f"--output_dir {folder} cannot be written: ", OSError):
@@ -283,7 +251,7 @@ class RunLog:
                 self.writer = SummaryWriter(str(self.folder), purge_step=start_epoch or None)
 
     def epoch(self, stats: dict) -> None:
-        """Append a line to log.txt and its numbers to TensorBoard; if the disk is full, warn and note the loss."""
+        """Log the statistics of an epoch; if the disk is full, warn and note that the line is lost."""
         if self.wandb is not None:
             self.wandb.log(stats, step=stats["epoch"])
         if self.folder is None:
@@ -305,9 +273,9 @@ class RunLog:
                     if isinstance(value, (int, float)) and name != "epoch":
                         self.writer.add_scalar(name.replace("_", "/", 1), value, stats["epoch"])
                 self.writer.flush()
-            except OSError as error:  # the writer's thread has ended
+            except OSError as error:  # its thread has ended
                 self.writer = None
-                log(f"warning: TensorBoard events are not written any more: {error}")
+                log(f"warning: no more TensorBoard events are written: {error}")
 
     def close(self) -> None:
         """Close the loggers."""
@@ -319,14 +287,13 @@ class RunLog:
 
 
 def _begin_wandb(project: str, folder: Path | None, arguments: dict, resumed: bool):
-    """Return a run of Weights & Biases; a resumed one continues its own curves by the id in wandb_id.txt."""
+    """Begin a run of Weights & Biases; a resumed run continues its curves by the id in wandb_id.txt."""
     with as_user_error("--wandb needs wandb (pip install wandb): ", ImportError):
         import wandb
     options: dict[str, Any] = {}
     if folder is not None:
-        path, identity = folder / "wandb_id.txt", secrets.token_hex(8)
-        if resumed and path.exists():
-            identity = path.read_text().strip()
+        path = folder / "wandb_id.txt"
+        identity = path.read_text().strip() if resumed and path.exists() else secrets.token_hex(8)
         write_atomically(path, lambda file: file.write(identity.encode()))
         options = {"name": folder.resolve().name, "id": identity, "resume": "allow", "dir": str(folder)}
     with as_user_error("--wandb: ", Exception):
@@ -337,27 +304,21 @@ def _epoch_of(line: str) -> float:
     try:
         return float(json.loads(line)["epoch"])
     except (ValueError, KeyError, TypeError):
-        return math.inf  # cut short by a kill: dropped
+        return math.inf  # cut off by a kill: dropped
 
 
 class RunStatus:
-    """status.json for scripts that requeue jobs: running, preempted, done, diverged or failed, with details.
-
-    Nothing is written before `begin`, so a start that is refused leaves the file of the run it ran into.
-    """
+    """status.json, for scripts that requeue jobs: running, preempted, done, diverged or failed, with details."""
 
     folder: Path | None = None
 
     def begin(self, folder: Path | None) -> None:
-        """Start writing to a folder."""
+        """Start to write to a folder; before that, a refused start leaves the status of the run in it."""
         self.folder, self.began = folder, time.time()
         self.write("running")
 
     def write(self, status: str, **facts: Any) -> None:
-        """Write the status from rank 0; a failure is written by the rank that failed.
-
-        When one rank fails, the others lose it or are stopped by the launcher: the first failure stays.
-        """
+        """Write the status on rank 0, or on the rank that failed. The first failure stays, as it causes the others."""
         if self.folder is None or (rank() != 0 and status != "failed"):
             return
         path = self.folder / "status.json"
@@ -369,7 +330,7 @@ class RunStatus:
         try:
             write_atomically(path, lambda file: file.write(text))
         except OSError:
-            # A full disk still lets the block of an existing file be overwritten.
+            # Even on a full disk an existing file can be overwritten.
             with warn_on(OSError, "status.json not written"), open(path, "r+b", buffering=0) as file:
                 file.write(text)
                 file.truncate()

@@ -2,9 +2,9 @@
 
     python verify.py --data-path ILSVRC2012 --weights pretrained --logs logs
 
-prints each published number next to the measured one. Weights come from the folder --weights, in a file named after the
-model (`cait_s24_224.pth` or `.safetensors`), or else from timm's cache or hub. What is missing is listed with its
-source and not checked. The exit code is 1 if a number differs, 2 if none could be checked.
+prints each published number next to the measured one. Weights are read from the folder --weights, where each file is
+named after its model (`cait_s24_224.pth` or `.safetensors`), or from timm's cache or hub. Missing files are listed with
+their source. The exit code is 1 if a number differs, and 2 if none could be checked.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import builders
 import datasets
 import flags
 import models
+import parsing
 from analyses import SHARES, one_of_each_class, rank_analysis
 from engine import evaluate
 from spectral import FeatureHooks, describe_blocks
@@ -37,7 +38,7 @@ LOGS = "thy960112/Distillation-Dynamics on GitHub, Distillation_Dynamics/Distill
 
 
 class Row(NamedTuple):
-    """One line of the report; `verdict` is PASS, a difference, or why it was not checked."""
+    """A line of the report; `verdict` is PASS, a difference, or the reason why it was not checked."""
 
     check: str
     published: str
@@ -45,34 +46,30 @@ class Row(NamedTuple):
     verdict: str
 
 
-def get_args_parser() -> flags.Parser:
-    parser = flags.Parser("Check published numbers that need no training.")
-    parser.add_argument("--data-path", required=True, help="ImageNet; val/ with one folder per class is enough")
+def get_args_parser() -> parsing.Parser:
+    parser = parsing.Parser("Check published numbers that need no training.")
+    parser.add_argument("--data-path", required=True, help="folder of ImageNet; only val/<class>/ is needed")
     parser.add_argument("--weights", default="", help="folder of weights, each file named after its model")
     parser.add_argument("--logs", default="", help="folder of the released logs, NAME.txt")
     parser.add_argument("--published", default=str(PUBLISHED), help="the numbers to compare with")
-    parser.add_argument("--batch-size", type=flags.number(int, 1), default=64, help="images per batch")
-    parser.add_argument("--num_workers", type=flags.number(int, 0), default=10, help="loader processes")
+    parser.add_argument("--batch-size", type=parsing.number(int, 1), default=64, help="images per batch")
+    parser.add_argument("--num_workers", type=parsing.number(int, 0), default=10, help="data loading workers")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     return parser
 
 
 class Images:
-    """The validation images, as each model wants them."""
+    """The validation images, with each model's own transform."""
 
     def __init__(self, args: argparse.Namespace, num_classes: int):
         self.args, self.device = args, torch.device(args.device)
         with as_user_error("", ValueError, OSError, RuntimeError):
             found = len(set(datasets.labels(datasets.build_dataset("IMNET", "val", args.data_path))))
         if found != num_classes:
-            raise UserError(f"{args.data_path}/val has {found} classes, {num_classes} expected: give ImageNet-1K")
+            raise UserError(f"{args.data_path}/val has {found} classes, not {num_classes}: give ImageNet-1K")
 
     def of(self, model: nn.Module, first_only: bool = False) -> tuple[DataLoader, nn.Module]:
-        """Return a loader with the model's own evaluation transform, and what normalizes its batches.
-
-        Args:
-            first_only: take the first image of each class instead of all.
-        """
+        """Return a loader of all images or of the first of each class, and the module that normalizes its batches."""
         dataset = datasets.build_dataset("IMNET", "val", self.args.data_path, datasets.own_eval_transform(model))
         images = one_of_each_class(datasets.labels(dataset)) if first_only else None
         loader = datasets.build_loader(dataset, images, self.args.batch_size, self.args.num_workers, drop_last=False)
@@ -80,10 +77,10 @@ class Images:
 
 
 def build(name: str, folder: str, num_classes: int, kwargs: dict, device: torch.device) -> nn.Module:
-    """Build a model with the weights in `folder`, or else with timm's own.
+    """Build a model with the weights in `folder`, or with timm's own.
 
     Raises:
-        UserError: there are no such weights; the message names their source.
+        UserError: there are no weights; the message names their source.
     """
     files = [Path(folder, name + ending) for ending in (".pth", ".safetensors")]
     found = next((file for file in files if folder and file.is_file()), None)
@@ -143,13 +140,13 @@ def scheduled_rates(epochs: int, batch: int) -> list[float]:
 
 
 def check_schedule(log: Path, batch: int) -> Row:
-    """Compare the learning rates in a released log with ours; a missing or unreadable log is not checked."""
+    """Compare the learning rates in a released log with main.py's; a missing or unreadable log is not checked."""
     check = f"learning rates of {log.stem}"
     try:
         lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
         logged = [float(line["train_lr"]) for line in lines]
     except (OSError, ValueError, KeyError, TypeError):
-        return Row(check, "", "", f"not checked: get {log.name} from {LOGS} and name its folder by --logs")
+        return Row(check, "", "", f"not checked: get {log.name} from {LOGS} and give its folder as --logs")
     ours = scheduled_rates(len(logged), batch)
     worst = max(abs(a - b) / b for a, b in zip(ours, logged, strict=True))
     verdict = "PASS" if worst < 1e-9 else f"differs by {worst:.1e} of the rate"
@@ -157,7 +154,7 @@ def check_schedule(log: Path, batch: int) -> Row:
 
 
 def check_model(name: str, args: argparse.Namespace, images: Images, published: dict) -> list[Row]:
-    """Run the checks of one model; if its weights are missing, report that instead."""
+    """Run the checks of a model, or report that its weights are missing."""
     top1 = {**published["teachers"], **published["checkpoints"]}.get(name)
     ranks = published["ranks"].get(name, {})
     try:

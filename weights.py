@@ -1,4 +1,4 @@
-"""Weights: read files that may be damaged, hostile or on the web, and load them into timm models."""
+"""Read weights from files or URLs, which may be damaged or hostile, and load them into timm models."""
 
 import argparse
 import hashlib
@@ -26,7 +26,7 @@ import utils
 
 
 def _named(name: str, build: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `build` under the full name that a pickle asks for; torch 2.4 takes names from the functions only."""
+    """Return `build` under the name by which pickles refer to it; torch 2.4 takes names only from functions."""
 
     def named(*args: Any) -> Any:
         return build(*args)
@@ -42,26 +42,26 @@ PLAIN = {
     "pathlib.PosixPath": PurePath,
     "pathlib.PurePosixPath": PurePath,
     "pathlib.WindowsPath": PurePath,
-    "_codecs.encode": str.encode,  # how pickles before protocol 3 spell bytes
+    "_codecs.encode": str.encode,  # how pickles before protocol 3 store bytes
 }
-# Plain data among the arguments of other people's checkpoints; numpy 2 and Python 3.13 renamed modules.
+# Plain data in the arguments that other programs store; numpy 2 and Python 3.13 renamed modules.
 SAFE = [argparse.Namespace, np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in "?bhilqBHILQefdSU")]
 for renamed in ("", ""), (".core", "._core"), ("pathlib", "pathlib._local"):
     SAFE += [_named(name.replace(*renamed), build) for name, build in PLAIN.items()]
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Load a checkpoint or weights file, or a URL: ours, DeiT's, the original's, timm's, Lightning's, safetensors.
+    """Load a checkpoint or weights from a file or URL, of this program, DeiT, the original, timm or Lightning.
 
     Only tensors and plain types are unpickled, and the archive's checksums are verified, which torch.load does not do.
-    A file of a URL is kept in torch.hub's cache; every rank must call this for a URL.
+    Downloads are kept in torch.hub's cache; for a URL, every rank must call this.
 
     Raises:
-        UserError: The file is missing, is not a valid checkpoint, or asks for a class that is not plain data.
+        UserError: the file is missing, is not a valid checkpoint, or asks for a class that is not plain data.
     """
     path = _download(str(path)) if str(path).startswith(("https://", "http://")) else Path(path)
     if not path.is_file():
-        raise utils.UserError(f"{path} is not a file: name a checkpoint")
+        raise utils.UserError(f"{path} is not a file: give a checkpoint")
     if path.suffix.lower() == ".safetensors":
         from safetensors.torch import load_file
 
@@ -76,7 +76,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         refused = named[1] if named else _first_global(path)
         if refused:
             raise utils.UserError(
-                f"{path} contains {refused}, which is not loaded: save tensors and plain types"
+                f"{path} contains {refused}, which is not plain data: save only tensors and plain types"
             ) from None
         raise utils.UserError(f"{path} is not a valid checkpoint: expected a file of torch.save") from None
     if not isinstance(checkpoint, dict):
@@ -85,10 +85,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def _download(url: str) -> Path:
-    """Return the cached file of a URL; rank 0 downloads. A hash in the name (-0123abcd.) is checked."""
+    """Return the cached file of a URL, downloaded by rank 0. Check a hash in its name (-0123abcd.)."""
     name = Path(urlparse(url).path).name
     known = re.search(r"-([0-9a-f]{8,})\.", name)
-    # Every repository of the Hugging Face hub names its file model.safetensors, so the name alone is not enough.
+    # The name alone is not unique: on the Hugging Face Hub, all files are called model.safetensors.
     name = f"{hashlib.sha256(url.encode()).hexdigest()[:16]}_{name}"
     with utils.rank_zero_first(), utils.as_user_error(f"cannot download {url}: ", Exception):
         path = Path(download_cached_file((url, name)))
@@ -102,9 +102,9 @@ def _download(url: str) -> Path:
 def _verify_archive(path: Path) -> None:
     with open(path, "rb") as file:
         if file.read(2) != b"PK":
-            return  # files of torch < 1.6 are no archives and carry no checksums
+            return  # files of torch < 1.6 are not archives and have no checksums
     with utils.as_user_error(f"{path} is not a valid checkpoint: ", Exception), zipfile.ZipFile(path) as archive:
-        # torch takes a record marked as a folder, by one flipped bit, for empty and returns arbitrary memory.
+        # One flipped bit can mark a record as a folder; torch then returns arbitrary memory for it.
         folders = [record.filename for record in archive.infolist() if record.external_attr & 0x10]
         damaged = archive.testzip() or next(iter(folders), None)
         if damaged:
@@ -112,7 +112,7 @@ def _verify_archive(path: Path) -> None:
 
 
 def _first_global(path: Path) -> str | None:
-    """Return the first class or function that a plain pickle asks for, or None; nothing is executed."""
+    """Return the first class or function that a plain pickle refers to, or None, without executing anything."""
     strings: list[str] = []
     with open(path, "rb") as file, suppress(Exception):
         for opcode, argument, _ in pickletools.genops(file):
@@ -126,7 +126,7 @@ def _first_global(path: Path) -> str | None:
 
 
 def stored_args(checkpoint: dict) -> dict:
-    """Return the flags of the run that wrote a checkpoint, by name; empty if it does not say."""
+    """Return the flags of the run that wrote a checkpoint, by name; {} if it has none."""
     args = checkpoint.get("args") or {}
     return args if isinstance(args, dict) else vars(args)
 
@@ -135,26 +135,26 @@ def extract_weights(checkpoint: Mapping[str, Any], *, ema: bool = False) -> dict
     """Return the model's state dict from a checkpoint, without the prefixes of DDP, torch.compile and Lightning.
 
     Raises:
-        UserError: There are no weights, or `ema` is set and there is no moving average.
+        UserError: there are no weights, or `ema` is set and there is no moving average.
     """
     names = (
         ("model_ema", "state_dict_ema") if ema else ("model", "state_dict", "model_state_dict", "model_state", "net")
     )
     found = [checkpoint[name] for name in names if isinstance(checkpoint.get(name), Mapping)]
     if ema and not any(found):
-        raise utils.UserError("the checkpoint holds no moving average: use its weights instead")
+        raise utils.UserError("the checkpoint has no moving average: use its weights instead")
     weights = found[0] if found else checkpoint
     if not weights or not all(torch.is_tensor(value) for value in weights.values()):
-        raise utils.UserError("the file holds no weights: expected a state dict, or one under 'model' or 'state_dict'")
+        raise utils.UserError("the file has no weights: expected a state dict, or one under 'model' or 'state_dict'")
     weights = clean_state_dict(clean_state_dict(weights))  # twice, because wrappers nest in either order
     inner = {key.removeprefix("model."): value for key, value in weights.items() if key.startswith("model.")}
-    # A Lightning module holds the model beside its losses and metrics.
+    # A Lightning module has losses and metrics next to the model.
     return inner if inner and ("pytorch-lightning_version" in checkpoint or len(inner) == len(weights)) else weights
 
 
 # Loading
 
-# What files of self-supervised training hold beside the backbone (MAE, BEiT, iBOT, DINO).
+# What checkpoints of self-supervised training have besides the backbone (MAE, BEiT, iBOT, DINO).
 PRETRAINING_ONLY = r"(decoder|mask_token|predictor|projector|projection|lm_head|head|fc|classifier)"
 
 
@@ -175,21 +175,21 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, head: Liter
     Position embeddings and relative position tables are resampled to the model's grid.
 
     Args:
-        model: A timm model.
-        weights: Tensors by name.
+        model: a timm model.
+        weights: tensors by name.
         head: "own" requires a head for the model's number of classes. "fresh", for fine-tuning, keeps the model's
-            untrained head if the file has none or one for other classes, and skips what only pre-training needs.
+            untrained head if the file's does not fit, and skips what only pre-training needs.
 
     Returns:
-        One line about what was not loaded, or an empty string.
+        One line that names what was not loaded, or an empty string.
 
     Raises:
-        UserError: The weights do not fit.
+        UserError: the weights do not fit.
     """
     own = model.state_dict()
     with utils.as_user_error(f"the weights do not fit {model_config(model)['architecture']}: ", Exception):
         _check_distilled(weights, own)
-        # timm calls each family's converter of older layouts and other image sizes by this name.
+        # In each family's module, timm gives this name to the converter of older layouts and other image sizes.
         original = weights
         convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
         weights = dict(convert(dict(weights), model) if convert else weights)
@@ -208,11 +208,11 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, head: Liter
 
 
 def _check_distilled(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Raise a ValueError if only one of file and model has the distillation token of a distilled DeiT."""
+    """Raise a ValueError if either the file or the model, but not both, is a distilled DeiT."""
     kinds = ["distilled" if "dist_token" in keys else "plain" for keys in (weights, own)]
     if kinds[0] != kinds[1]:
         raise ValueError(
-            f"the file is of a {kinds[0]} DeiT (dist_token), the model is {kinds[1]}: name the other model"
+            f"the file is for a {kinds[0]} DeiT (dist_token), but the model is {kinds[1]}: choose the other model"
         )
 
 
@@ -233,13 +233,10 @@ def _resample_position_embedding(weights: dict[str, Tensor], own: Mapping[str, T
 def _match_heads(
     weights: dict[str, Tensor], own: Mapping[str, Tensor], heads: tuple[str, ...], fresh: bool
 ) -> list[str]:
-    """Put the model's own head into `weights` if the file's does not fit.
-
-    Returns:
-        A note about it, or an empty list.
+    """Put the model's own head into `weights` if the file's does not fit; return a list with a note about it, or [].
 
     Raises:
-        ValueError: The file's head does not fit and no fresh one is allowed.
+        ValueError: the file's head does not fit and no fresh one is allowed.
     """
     ours = next((len(own[f"{head}.weight"]) for head in heads if f"{head}.weight" in own), None)
     if ours is None:
@@ -248,8 +245,8 @@ def _match_heads(
     if theirs == ours or (theirs is None and not fresh):  # load_state_dict names missing tensors
         return []
     if not fresh:
-        raise ValueError(f"its head has {theirs} classes, {ours} are needed")
-    # Tensors of the head's modules, of MAE's norm after pooling, and of any further head for as many classes.
+        raise ValueError(f"its head has {theirs} classes, but {ours} are needed")
+    # This covers the head's modules, MAE's norm after pooling, and any further head for as many classes.
     roots = tuple(f"{head.partition('.')[0]}." for head in (*heads, "fc_norm"))
     for key, tensor in own.items():
         missing = key not in weights and key.startswith(roots)
@@ -260,7 +257,7 @@ def _match_heads(
 
 
 def _leave_out(weights: dict[str, Tensor], own: Mapping[str, Tensor], converted: set[str]) -> list[str]:
-    """Remove what only pre-training needs; return a note that names it and what timm removed, or an empty list."""
+    """Remove what only pre-training needs; return a list with a note of it and of what timm removed, or []."""
     pattern = PRETRAINING_ONLY if "norm.weight" in own else f"({PRETRAINING_ONLY}|norm\\.)"
     left_out = [key for key in weights.keys() - own.keys() if re.match(pattern, key)]
     for key in left_out:
@@ -273,4 +270,4 @@ def _check_shapes(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> N
     other = [key for key in weights if key in own and weights[key].shape != own[key].shape]
     if other:
         shapes = f"{other[0]} has {list(weights[other[0]].shape)}, not {list(own[other[0]].shape)}"
-        raise ValueError(f"{len(other)} tensors have other shapes ({shapes}): is it of another model or its arguments?")
+        raise ValueError(f"{len(other)} tensors have other shapes ({shapes}): choose its model and model arguments")

@@ -1,4 +1,4 @@
-"""Print or run one training command per combination of varied flags.
+"""Print or run a training command for each combination of varied flags.
 
     python recipes/sweep.py recipes/deit_tiny.args --vary w-fft=0.05,0.1,0.2,0.4 -- --data-path ILSVRC2012
 
@@ -6,7 +6,7 @@ Flags that vary together are joined by commas and their values by colons; a valu
 
     --vary "s-id,t-id=0:0,11:23,0 11:0 23" --vary seed=0,1,2
 
-Each run has a folder of its own, named after its values. Run it from the root of the repository.
+Each run has its own folder, named after its values. Run this script from the root of the repository.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def variations(text: str) -> list[Variation]:
     """Parse `FLAG=VALUE,VALUE` or `FLAG,FLAG=VALUE:VALUE,VALUE:VALUE`.
 
     Raises:
-        argparse.ArgumentTypeError: it has another form.
+        argparse.ArgumentTypeError: the text has another form.
     """
     names, _, values = text.partition("=")
     flags = [name.strip().lstrip("-") for name in names.split(",")]
@@ -49,16 +49,16 @@ def commands(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the commands, or run them in turn; return the exit code of the first run that fails, or 0."""
+    """Print the commands or run them in turn; return the exit code of the first run that fails, or 0."""
     argv = list(sys.argv[1:] if argv is None else argv)
     split = argv.index("--") if "--" in argv else len(argv)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="argument file of main.py")
     parser.add_argument("--vary", action="append", required=True, type=variations, metavar="FLAG=VALUE,...")
-    parser.add_argument("--output", default="Output/sweep", help="folder of the runs' folders")
+    parser.add_argument("--output", default="Output/sweep", help="folder in which each run gets a folder")
     parser.add_argument("--processes", type=int, default=1, help="processes per run, under torch.distributed.run")
     parser.add_argument("--run", action="store_true", help="run them in turn; finished runs are skipped")
-    parser.epilog = "What follows -- is given to every run."
+    parser.epilog = "Flags after -- are passed to every run."
     args = parser.parse_args(argv[:split])
     for command in commands(args.recipe, args.vary, args.output, args.processes, argv[split + 1 :]):
         print(shlex.join(["python", *command]), flush=True)

@@ -350,7 +350,7 @@ BAD = {
     "random and checkpoint": ("--checkpoint {bare} --random", "cannot be combined"),
     "which model": ("--checkpoint {bare}", "does not name its model"),
     "empty folder": ("--checkpoint {empty}", r"empty/checkpoint\.pth is not a file"),
-    "no EMA": ("--model {name} --checkpoint {bare} --ema", "bare.pth: the checkpoint holds no"),
+    "no EMA": ("--model {name} --checkpoint {bare} --ema", "bare.pth: the checkpoint has no"),
     "other model": ("--compare a=resnet18:{bare}", "a: the weights do not fit resnet18"),
     "not finite": (
         "--checkpoint {nan} --model {name} --model-kwargs {kwargs} --input-size 32",
@@ -359,7 +359,7 @@ BAD = {
     "suggest alone": ("--model {name} --suggest 3", "--suggest N and --student MODEL need each other"),
     "no milestones": (
         "--milestones {empty}",
-        r"empty has no checkpoint_0009\.pth or the like: train with --save-every",
+        r"empty has no checkpoint_0009\.pth etc\.: train with --save-every",
     ),
     "milestones alone": ("--milestones {empty} --random", "--milestones cannot be combined with"),
     "no data path": ("--model {name} --random --data-set IMNET", "--data-set IMNET needs --data-path"),

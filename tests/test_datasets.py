@@ -464,8 +464,8 @@ def test_the_next_readable_sample_replaces_a_damaged_one(capsys):
     assert images[2, 0][1] == 4
     assert images[11, 0][1] == 0  # the first follows the last
     printed = capsys.readouterr().out
-    assert "cannot read image 2.jpg; taking the next one, 2 more allowed" in printed
-    assert "cannot read image 11.jpg; taking the next one, 0 more allowed" in printed
+    assert "cannot read image 2.jpg; using the next one, 2 more allowed" in printed
+    assert "cannot read image 11.jpg; using the next one, 0 more allowed" in printed
     assert images[2, 1][1] == 4  # each file counts once
     assert capsys.readouterr().out == ""
     with pytest.raises(BadImageError, match=r"7\.jpg"):

@@ -315,7 +315,7 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_and_named(capsys):
 
 def test_the_third_loss_in_a_row_that_is_not_finite_ends_training():
     model, twin, batches = make_model(), make_model(), make_batches(12)
-    with pytest.raises(utils.Diverged, match=r"loss_base.*3 steps in a row, epoch 5, step 6"):
+    with pytest.raises(utils.Diverged, match=r"loss_base.*3 steps in a row, up to epoch 5, step 6"):
         train(model, batches, criterion=spoiled({1, 4, 5, 6}, "loss_base", math.inf))
     assert all(value.isfinite().all() for value in model.state_dict().values())
     by_hand(twin, [batches[0], batches[2], batches[3], *batches[7:10]])  # looked at every ten steps

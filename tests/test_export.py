@@ -46,7 +46,7 @@ def test_a_checkpoint_of_the_original_exports(tmp_path):
     [
         ({"weight": torch.ones(3)}, ["--eval-ema"], "no (EMA|moving average)"),
         ({"weight": torch.ones(3)}, [], "weights do not fit"),
-        ({}, [], "holds no weights"),
+        ({}, [], "has no weights"),
     ],
 )
 def test_a_refused_export_leaves_no_file(content, flags, message, tmp_path):

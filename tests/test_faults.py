@@ -107,7 +107,7 @@ def test_third_bad_loss_in_a_row_stops_all_ranks(tmp_path):
     before = poison(steps=(3, 4, 5), rank=1)
     runs = fork(*FOUR_STEPS, "--epochs", 3, "--output_dir", tmp_path, ranks=2, before=before)
     assert codes(runs) == [3, 3]
-    message = "error: term loss_base of rank 1 was not finite 3 steps in a row, epoch 1, step 1"
+    message = "error: term loss_base of rank 1 was not finite in 3 steps in a row, up to epoch 1, step 1"
     assert errors(runs) == [message, f"[rank 1] {message}"]
     assert saved(tmp_path)["epoch"] == 0
     assert checkpoint.first_not_finite(saved(tmp_path)) is None
@@ -447,7 +447,7 @@ def test_third_failed_save_in_a_row_stops_all_ranks(tmp_path):
 def test_failed_last_save_is_not_success(tmp_path):
     run = fork(*flags_of(tmp_path, "--epochs", 1), before=full_disk())
     assert run.code() == 2
-    assert errors([run]) == [f"error: the last checkpoint of the run could not be written to {tmp_path}"]
+    assert errors([run]) == [f"error: the run's last checkpoint could not be written to {tmp_path}"]
     assert status(tmp_path)["status"] == "failed"
 
 
@@ -456,7 +456,7 @@ def test_lost_log_lines_are_not_success(tmp_path):
     full = on_student(f"if step == 0:\n    os.symlink('/dev/full', {str(tmp_path / 'log.txt')!r})")
     run = fork(*flags_of(tmp_path), before=full)
     assert run.code() == 2
-    assert errors([run]) == ["error: log.txt lacks epochs [0, 1], because they could not be written"]
+    assert errors([run]) == ["error: epochs [0, 1] are missing from log.txt, because they could not be written"]
     assert status(tmp_path)["status"] == "failed"
 
 
@@ -742,7 +742,7 @@ STARTS = {
     "no rank": ({"WORLD_SIZE": "2"}, "RANK is unset and WORLD_SIZE is 2: expected 0 <= RANK < WORLD_SIZE"),
     "rank too high": ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2 and WORLD_SIZE is 2: expected"),
     "not a number": ({"RANK": "zero", "WORLD_SIZE": "1"}, "RANK is zero and WORLD_SIZE is 1: expected"),
-    "no address": ({"RANK": "0", "WORLD_SIZE": "1"}, "the processes cannot meet: .*MASTER_ADDR"),
+    "no address": ({"RANK": "0", "WORLD_SIZE": "1"}, "the processes cannot connect: .*MASTER_ADDR"),
 }
 
 

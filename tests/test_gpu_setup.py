@@ -13,7 +13,7 @@ from conftest import ROOT, tiny_run
 
 import builders
 import faults
-import utils
+import main
 from flags import parse_args
 
 
@@ -89,13 +89,13 @@ def test_a_full_gpu_is_not_blamed_on_the_image_size():
 
 def test_precision_and_kernels_are_chosen_on_purpose():
     try:
-        utils.set_numerics(deterministic=True)
+        main.set_numerics(deterministic=True)
         assert torch.are_deterministic_algorithms_enabled()
         assert torch.get_float32_matmul_precision() == "highest"
         assert not torch.backends.cudnn.benchmark
     finally:
         torch.use_deterministic_algorithms(False)
-        utils.set_numerics(deterministic=False)
+        main.set_numerics(deterministic=False)
     assert torch.get_float32_matmul_precision() == "high"
     assert torch.backends.cudnn.benchmark
     assert torch.backends.cudnn.allow_tf32

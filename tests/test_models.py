@@ -185,5 +185,5 @@ def test_a_teacher_gets_images_in_its_own_normalization(tmp_path):
 
 
 def test_a_teacher_for_other_classes_is_refused(tmp_path):
-    with pytest.raises(utils.UserError, match="has 7 classes without names, the data set 5"):
+    with pytest.raises(utils.UserError, match="has 7 unnamed classes, but the data set has 5"):
         teacher_of(tmp_path, build("vit_tiny_patch16_224", 7))

@@ -330,7 +330,7 @@ def test_folder_that_holds_a_run_is_not_used_by_accident(stranger, again, folder
     other = ("--resume", shutil.copy(folder / "checkpoint.pth", folder.parent / "stranger.pth"))
     refused = again(*(other if stranger else ()))
     assert refused.code() == 2
-    assert errors([refused]) == [f"error: {folder} holds a run: --resume auto continues it, --overwrite starts again"]
+    assert errors([refused]) == [f"error: {folder} contains a run: --resume auto continues it, --overwrite starts over"]
     assert (folder / "checkpoint.pth").read_bytes() == before
     assert status(folder)["status"] == "preempted"
 
@@ -380,7 +380,7 @@ def test_without_a_valid_checkpoint_nothing_starts(again, folder):
     before = {path: path.read_bytes() for path in folder.glob("*.pth")}
     refused = again("--resume", "auto", ranks=2)
     assert codes(refused) == [2, 2]
-    message = f"error: no checkpoint in {folder} is valid: restore one, or use --overwrite to start again"
+    message = f"error: no checkpoint in {folder} is valid: restore one, or use --overwrite to start over"
     assert errors(refused) == [message, f"[rank 1] {message}"]
     assert before == {path: path.read_bytes() for path in folder.glob("*.pth")}
 

@@ -269,4 +269,4 @@ def test_a_missing_module_of_models_is_one_line():
 @pytest.mark.slow
 def test_an_ema_too_slow_for_the_run_is_a_warning(capsys):
     run(*tiny_run("--epochs", 5))  # of 4 steps each
-    assert "warning: 20 steps are few for an EMA decay of 0.99996: try --model-ema-decay 0.5" in capsys.readouterr().out
+    assert "an EMA decay of 0.99996 is too slow for 20 steps: try --model-ema-decay 0.5" in capsys.readouterr().out

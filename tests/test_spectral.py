@@ -108,7 +108,7 @@ def test_an_id_out_of_range_is_refused_with_the_range(ids, deit):
 def test_outputs_with_other_channels_are_refused(deit):
     deit.feature_info[1]["num_chs"] = 25
     FeatureHooks(deit, [1])
-    with pytest.raises(ValueError, match=r"blocks\.1.* 24 channels, and its feature_info says 25"):
+    with pytest.raises(ValueError, match=r"blocks\.1.* 24 channels, but its feature_info says 25"):
         deit(images())
 
 
@@ -123,7 +123,7 @@ def test_pop_returns_and_forgets_the_latest_forward(deit):
     deit(images())
     deit(images()[:1])
     assert [len(each) for each in hooks.pop()] == [1, 1]
-    with pytest.raises(RuntimeError, match="no forward since the last pop"):
+    with pytest.raises(RuntimeError, match="no forward pass since the last pop"):
         hooks.pop()
     assert none.pop() == []
 

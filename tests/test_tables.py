@@ -230,7 +230,7 @@ def test_markdown_is_aligned_and_shows_spread_and_gain(write, show):
 
 
 def test_nothing_to_show_is_an_error(show):
-    assert show(code=2).err.startswith("error: none of the arguments is")
+    assert show(code=2).err.startswith("error: there is no run in these paths")
 
 
 def test_csv_holds_the_numbers_of_json(write, show):
@@ -268,7 +268,7 @@ def test_a_plot_that_cannot_be_written_is_one_line(file, tmp_path, write, show):
 def test_published_rows_stand_beside_the_runs(tmp_path, write, show):
     (tmp_path / "SoftKD.txt").write_text(log_line(99, 50.0))
     output = show(tmp_path / "SoftKD.txt", write("mine", [1, 2, 3]), "--published")
-    assert output.err == "mine: not shown, because it repeats no published result\n"
+    assert output.err == "mine: not shown, because it does not repeat a published result\n"
     row = cells(output.out)["SoftKD"]
     assert [row[name] for name in ("best", "measured best", "epochs", "epochs seen")] == [
         "76.988",

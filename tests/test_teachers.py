@@ -107,7 +107,7 @@ def test_a_teacher_of_a_fixed_size_gets_resized_images(tmp_path, capsys):
     teacher = teacher_for(["a", "b"], name, kwargs, "soft", "--w-fft", 0, "--teacher-path", tmp_path / "teacher.pth")
     resized = F.interpolate(images(64), size=(224, 224), mode="bicubic", antialias=True)
     torch.testing.assert_close(teacher(images(64))[0], source(resized), rtol=1e-4, atol=1e-5)
-    assert "takes images of 224 pixels: the student's, of 64 pixels, are resized for it" in capsys.readouterr().out
+    assert "takes images of 224 pixels: the student's images (64 pixels) are resized for it" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -145,4 +145,4 @@ def test_missing_block_ids_are_explained(tmp_path):
 
 def test_the_help_explains_block_ids():
     words = " ".join(main.get_args_parser().format_help().split())
-    assert "indices of timm's feature_info (blocks of a ViT, stages of a Swin), or all" in words
+    assert "indices into timm's feature_info (ViT: blocks, Swin: stages), or all" in words

@@ -93,7 +93,7 @@ def test_events_that_cannot_be_written_do_not_end_the_run(tmp_path, capsys, monk
         log.epoch({"epoch": 1, "loss": 1.0, "loss_a": 1.0, "loss_b": 1.0})
     log.epoch({"epoch": 2, "loss": 1.0})
     log.close()
-    assert "warning: TensorBoard events are not written any more" in capsys.readouterr().out
+    assert "warning: no more TensorBoard events are written" in capsys.readouterr().out
     assert epochs(tmp_path) == [0, 1, 2]
 
 

@@ -103,7 +103,7 @@ def test_what_is_missing_is_named_with_its_source(check, tmp_path):
 
 
 def test_another_data_set_is_refused_in_one_line(stand_ins):
-    with pytest.raises(UserError, match="val has 2 classes, 1000 expected"):
+    with pytest.raises(UserError, match="val has 2 classes, not 1000"):
         verify.main(["--data-path", str(stand_ins[0]), "--device", "cpu"])
 
 

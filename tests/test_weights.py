@@ -124,7 +124,7 @@ def pickle_file(object, path, protocol):
 )
 def test_a_foreign_class_is_named_and_not_executed(write, options, tmp_path):
     write(Evil(tmp_path / "owned"), tmp_path / "file.pth", **options)
-    with pytest.raises(utils.UserError, match=r"file.pth contains posix.mkdir, which is not loaded"):
+    with pytest.raises(utils.UserError, match=r"file.pth contains posix.mkdir, which is not plain data"):
         load_checkpoint(tmp_path / "file.pth")
     assert not (tmp_path / "owned").exists()
 
@@ -190,12 +190,12 @@ def test_the_moving_average_is_taken_on_request():
     one, two = {"w": torch.zeros(1)}, {"w": torch.ones(1)}
     for key in ("model_ema", "state_dict_ema"):
         assert extract_weights({"model": one, key: two}, ema=True)["w"] == 1
-    with pytest.raises(utils.UserError, match="holds no moving average"):
+    with pytest.raises(utils.UserError, match="has no moving average"):
         extract_weights({"model": one, "model_ema": None}, ema=True)
 
 
 def test_a_file_without_weights_is_refused():
-    with pytest.raises(utils.UserError, match="holds no weights"):
+    with pytest.raises(utils.UserError, match="has no weights"):
         extract_weights({"epoch": 3})
 
 
@@ -360,7 +360,7 @@ def copy_of(model):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_head_of_another_class_count_is_refused(name):
     """The original silently puts a fresh head into the teacher."""
-    with pytest.raises(utils.UserError, match=rf"do not fit {name}: its head has 7 classes, 5 are needed"):
+    with pytest.raises(utils.UserError, match=rf"do not fit {name}: its head has 7 classes, but 5 are needed"):
         load_weights(build(name, 5), build(name, 7, seed=1).state_dict())
 
 
@@ -412,9 +412,9 @@ VIT_TINY, DISTILLED, PLAIN_DEIT = "vit_tiny_patch16_224", "deit_tiny_distilled_p
         (VIT_TINY, VIT_TINY, {"depth": 1}, "fresh", r"missing \['blocks"),
         (VIT_TINY, VIT_TINY, {"depth": 3}, "fresh", r"not expected \['blocks"),
         (VIT_TINY, VIT_TINY, {"num_classes": 0}, "own", r"missing \['head.weight', 'head.bias'\]"),
-        (PLAIN_DEIT, DISTILLED, {}, "own", "the file is of a distilled DeiT .* is plain"),
-        (PLAIN_DEIT, DISTILLED, {}, "fresh", "the file is of a distilled DeiT .* is plain"),
-        (DISTILLED, PLAIN_DEIT, {}, "fresh", "the file is of a plain DeiT .* is distilled"),
+        (PLAIN_DEIT, DISTILLED, {}, "own", "the file is for a distilled DeiT .* is plain"),
+        (PLAIN_DEIT, DISTILLED, {}, "fresh", "the file is for a distilled DeiT .* is plain"),
+        (DISTILLED, PLAIN_DEIT, {}, "fresh", "the file is for a plain DeiT .* is distilled"),
     ],
 )
 def test_weights_of_another_model_are_refused_in_one_line(name, found, kwargs, head, message):
