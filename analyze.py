@@ -1,559 +1,419 @@
-"""Spectral analysis of timm models: how strong their blocks' features are, at which frequencies, and what to pair.
+"""Analyze the spectra of timm models: the strength and frequencies of each block's features, and blocks to pair.
 
     python analyze.py --model cait_s24_224 --data-path ILSVRC2012 --output_dir Output/analysis/cait
     python analyze.py --compare teacher=cait_s24_224 student=Output/DeiT-Tiny --data-path ILSVRC2012 --output_dir ...
 
-The measures are those of section 3 of arXiv 2412.19055, with controls beside them; `KEYS` says what is written.
+    python analyze.py --milestones Output/DeiT-Tiny --entropy --data-path ILSVRC2012 --output_dir Output/analysis/epochs
+    python analyze.py --preset mismatch --model cait_s24_224 --data-path ILSVRC2012 --output_dir ...
+
+The measures are those of section 3 of arXiv 2412.19055 and, with --entropy and --ranks, of the authors' later papers
+(analyses.py), each with controls. `KEYS` documents the output.
 """
 
+import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import math
-import re
 import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 import torch
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
+import analyses
 import datasets
 import models
+import plots
 import samplers
 import spectral
 import utils
-from utils import Parser, key_values, number
+from builders import forward_errors
+from checkpoint import CheckpointFolder
+from faults import exit_codes, init_distributed
+from flags import DATA_SETS, INAT_CATEGORIES
+from parsing import KeyValues, Parser, number, stored_kwargs
+from utils import UserError, as_user_error
+from weights import extract_weights, load_checkpoint, model_config, stored_args
 
 KEYS = {
     "NAME/intensity": "(blocks,) mean over the C bins of the layer-wise spectrum; unit of the features",
     "NAME/intensity_shuffled": "(blocks,) the same after one random permutation of the channels",
     "NAME/intensity_corrected": "(blocks,) intensity x sqrt(C), for comparing widths",
     "NAME/rms": "(blocks,) root mean square of the features; intensity_corrected is at most this",
+    "NAME/entropy": "(blocks,) with --entropy: bits; of a token's C values, in 100 bins over the values of all blocks",
+    "NAME/entropy_own_range": "(blocks,) with --entropy: bits; the same with bins over the block's own values",
+    "NAME/magnitude": "(blocks,) with --entropy: mean magnitude of the features",
     "NAME/shape": "(blocks, 3) channels C, height H and width W of the block's map",
     "NAME/spectrum/BLOCK": "(C,) layer-wise spectrum S; bin k is k / C cycles per channel; unit of the features",
     "NAME/radial_frequency/BLOCK": "(R,) radius of each ring of the 2-D spectrum over the grid, cycles per token",
     "NAME/radial_power/BLOCK": "(R,) mean power in that ring, squared unit of the features",
 }
 CURVES = ("intensity", "intensity_shuffled", "intensity_corrected", "rms")
+ENTROPY = ("entropy", "entropy_own_range", "magnitude")
 PROFILES = ("spectrum", "radial_frequency", "radial_power")
+# The settings of each paper, as defaults of other flags.
+PRESETS: dict[str, dict[str, Any]] = {
+    "spectralkd": {"num_images": 32, "order": "first", "eval_crop_ratio": 0.875},  # arXiv 2412.19055
+    "dynamics": {"num_images": 32, "order": "first", "eval_crop_ratio": 0.875, "entropy": True},  # arXiv 2511.06848
+    "mismatch": {"num_images": 1000, "order": "classes", "eval_crop_ratio": "own", "ranks": True},  # arXiv 2511.15572
+}
+ORDERS = {"drawn": "drawn by seed {}", "first": "the first", "classes": "the first by name of each class"}
+PUBLISHED = Path(__file__).parent / "recipes" / "published.json"
 
 
-def get_args_parser():
+def crop_ratio(text: str) -> float | str:
+    """Read a crop ratio, or `own`."""
+    return text if text == "own" else number(float, 0.01, 1)(text)
+
+
+def get_args_parser() -> Parser:
     parser = Parser("Spectral analysis of the blocks of timm models.")
+    kwargs: dict[str, Any] = {"nargs": "*", "action": KeyValues, "default": {}, "metavar": "KEY=VALUE"}
     add = parser.add_argument_group("models").add_argument
-    add("--model", help="any timm model, with timm's own weights unless --checkpoint or --random is given")
-    add("--model-kwargs", nargs="*", default=[], metavar="KEY=VALUE", help="its arguments, where no run names them")
-    add("--checkpoint", help="a run folder of main.py, a file of weights (ours, DeiT's, bare, safetensors), or a URL")
-    add("--ema", action="store_true", help="the moving average of the weights in checkpoints")
-    add("--random", action="store_true", help="random weights instead of timm's own")
-    add(
-        "--compare",
-        nargs="+",
-        default=[],
-        metavar="NAME=SOURCE",
-        help="models to see on the same images; SOURCE: as --checkpoint, MODEL:CHECKPOINT, or a timm model",
-    )
+    add("--model", help="timm model, with timm's own weights unless --checkpoint or --random is given")
+    add("--model-kwargs", **kwargs, help="timm model arguments, unless a checkpoint has them")
+    add("--checkpoint", help="run folder of main.py, or file or URL of weights")
+    add("--ema", action="store_true", help="use the moving average of the weights in checkpoints")
+    add("--random", action="store_true", help="use random weights instead of timm's")
+    named = kwargs | {"metavar": "NAME=SOURCE"}
+    add("--milestones", metavar="FOLDER", help="run folder; compare the checkpoints that --save-every kept")
+    add("--compare", **named, help="models on the same images; SOURCE: a --checkpoint, MODEL:CHECKPOINT or timm model")
     add = parser.add_argument_group("data").add_argument
-    add("--data-set", choices=datasets.DATA_SETS, help="data set; default: that of the first run, or IMNET")
-    add("--data-path", help="its folder, of which val/ is enough; default: that of the first run")
-    add("--inat-category", choices=datasets.INAT_CATEGORIES, help="level that is the class (INAT*); default: name")
-    add("--input-size", type=number(int, 1), help="side of the images, pixels; default: each model's own")
-    share = number(float, 0.01, 1)
-    add("--eval-crop-ratio", type=share, help="centre crop's part; default: the first run's, or 0.875")
-    add("--num-images", type=number(int, 1), default=32, help="validation images, drawn by --seed from all")
-    add("--first", action="store_true", help="the first ones instead, as in the paper; in ImageNet all of one class")
-    add("--batch-size", type=number(int, 1), default=64, help="images a step")
-    add("--num_workers", "--num-workers", type=number(int, 0), default=10, help="loader processes")
+    add("--data-set", choices=DATA_SETS, help="data set; default: the first run's, or IMNET")
+    add("--data-path", help="folder of the data set, val/ is enough; default: the first run's")
+    add("--inat-category", choices=INAT_CATEGORIES, help="taxonomic level of the classes (INAT*); default: name")
+    add("--input-size", type=number(int, 1), help="image size in pixels; default: each model's own")
+    ratio = (
+        "center crop ratio, or own: crop and interpolation of each model's config; default: the first run's, or 0.875"
+    )
+    add("--eval-crop-ratio", type=crop_ratio, help=ratio)
+    add("--num-images", type=number(int, 1), help="number of validation images; default: 32, with --ranks 1,000")
+    order = {"dest": "order", "action": "store_const"}
+    add("--first", **order, const="first", help="use the first images (for ImageNet all of one class)")
+    add("--per-class", **order, const="classes", help="use the first image of each class, then the second, and so on")
+    add("--batch-size", type=number(int, 1), default=64, help="images per batch")
+    add("--num_workers", "--num-workers", type=number(int, 0), default=10, help="data loading workers")
+    add = parser.add_argument_group("analyses").add_argument
+    add("--preset", choices=PRESETS, help="images, transform and analysis of a paper; other flags override it")
+    add("--entropy", action="store_true", help="add entropy and magnitude over depth")
+    add("--ranks", action="store_true", help="count the dimensions that the last block fills; implies --per-class")
     add = parser.add_argument_group("pairs of blocks").add_argument
     add(
         "--suggest",
         type=number(int, 1),
         metavar="N",
-        help="print N pairs for --s-id and --t-id; the first model teaches",
+        help="print N pairs, --s-id and --t-id; the first model teaches",
     )
-    add("--student", help="the student they are for, any timm model")
-    add("--student-kwargs", nargs="*", default=[], metavar="KEY=VALUE", help="its arguments")
+    add("--student", help="timm model to suggest pairs for")
+    add("--student-kwargs", **kwargs, help="timm model arguments")
     add = parser.add_argument_group("run").add_argument
-    add("--output_dir", "--output-dir", default="", help="folder of numbers and figures; default: print only")
-    add("--pdf", action="store_true", help="figures as PDF, too")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    add("--output_dir", "--output-dir", default="", help="folder for numbers and figures; default: print only")
+    add("--import", dest="import_module", metavar="MODULE", help="module that registers models with timm")
+    add("--pdf", action="store_true", help="write the figures as PDF as well")
+    add("--device", default="auto", help="cuda, cuda:N or cpu; auto: cuda if there is a GPU")
     add("--seed", type=number(int, 0, 2**62), default=0, help="seed of images, shuffled channels and random weights")
     return parser
 
 
-def check_args(args):
-    """Checks flags against each other, before any data or model is touched.
-
-    Raises:
-        utils.UserError: with one line.
-    """
-    if not (args.model or args.checkpoint or args.compare):
-        raise utils.UserError("nothing to analyse: give --model, --checkpoint or --compare NAME=SOURCE")
-    if args.compare and args.checkpoint:
-        raise utils.UserError("--compare and --checkpoint exclude each other: write --compare NAME=CHECKPOINT ...")
-    if args.checkpoint and args.random:
-        raise utils.UserError("--checkpoint and --random exclude each other: give one")
-    names = [entry.partition("=")[0] for entry in args.compare]
-    for entry, name in zip(args.compare, names, strict=True):
-        if not re.fullmatch(r"\w[\w .+-]*=.+", entry):
-            raise utils.UserError(f"--compare: expected NAME=SOURCE with a NAME of letters and digits, got {entry}")
-        if names.count(name) > 1:
-            raise utils.UserError(f"--compare: {name} is given {names.count(name)} times: use different names")
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the flags and check their combinations."""
+    parser = get_args_parser()
+    parser.set_defaults(**PRESETS.get(parser.parse_args(argv).preset, {}))
+    args = parser.parse_args(argv)
+    if not (args.model or args.checkpoint or args.compare or args.milestones):
+        raise UserError("nothing to analyze: give --model, --checkpoint, --milestones or --compare NAME=SOURCE")
+    if args.checkpoint and (args.compare or args.random):
+        raise UserError("--checkpoint cannot be combined with --compare or --random: use --compare NAME=CHECKPOINT")
+    if args.milestones and (args.checkpoint or args.compare or args.random or args.suggest):
+        raise UserError("--milestones cannot be combined with --checkpoint, --compare, --random or --suggest")
     if (args.suggest is None) != (args.student is None):
-        raise utils.UserError("--suggest N and --student MODEL need each other: give both")
-    for flag, given, needs in (
-        ("--pdf", args.pdf, "output_dir"),
-        ("--student-kwargs", args.student_kwargs, "student"),
-        ("--ema", args.ema and not args.compare, "checkpoint"),
-    ):
-        if given and not getattr(args, needs):
-            raise utils.UserError(f"{flag} has no effect without --{needs}: leave it out")
-    if args.model and Path(args.model).exists():
-        raise utils.UserError(f"--model {args.model} is a path: give it as --checkpoint")
-    for name in (args.model, args.student):
-        if name:
-            models.check_name(name)
-    key_values(args.model_kwargs + args.student_kwargs)
-    utils.check_device(args.device)
-
-
-# Models
+        raise UserError("--suggest N and --student MODEL need each other: give both")
+    return args
 
 
 @dataclasses.dataclass
 class Subject:
-    """A model to analyse: `weights` is a state dict, or None where timm's own or random ones are wanted."""
-
-    name: str
-    model: str
-    source: str
-    kwargs: dict
-    weights: dict | None = None
-    run: dict = dataclasses.field(default_factory=dict)  # flags of the training run that the weights come from
-
-
-def read_subjects(args):
-    """What to analyse, with the weights of files read, so that most mistakes are found before a model is built."""
-    if args.compare:
-        return [read_source(*entry.split("=", 1), args) for entry in args.compare]
-    if args.checkpoint:
-        return [read_weights(args.model, args.model, args.checkpoint, args)]
-    return [without_file(args.model, args.model, args)]
-
-
-def read_source(name, source, args):
-    """NAME=SOURCE: a path or URL, MODEL:CHECKPOINT, or a timm model."""
-    model, colon, path = source.partition(":")
-    if Path(source).exists() or path.startswith("//"):
-        return read_weights(name, None, source, args)
-    with utils.as_user_error(f"{source} is no file and no folder, and ", utils.UserError):
-        models.check_name(model)
-    return read_weights(name, model, path, args) if colon else without_file(name, model, args)
-
-
-def without_file(name, model, args):
-    return Subject(name, model, "random" if args.random else "timm", key_values(args.model_kwargs))
-
-
-def read_weights(name, model, path, args):
-    """A subject from a file, which says itself what model it is for unless `model` does."""
-    if Path(path).is_dir():
-        path = str(Path(path) / utils.CheckpointFolder.LATEST)
-    checkpoint = utils.load_checkpoint(path)
-    with utils.as_user_error(f"{path}: ", utils.UserError):
-        weights = utils.extract_weights(checkpoint, ema=args.ema)
-    run = utils.stored_args(checkpoint)
-    model = model or run.get("model") or args.model
-    if not model:
-        raise utils.UserError(f"{path} does not say which model it is for: give --model, or MODEL:{path}")
-    kwargs = run.get("model_kwargs", []) if model == run.get("model") else args.model_kwargs
-    return Subject(name or model, model, path, key_values(kwargs), weights, run)
-
-
-def build_model(subject, args):
-    """(model in eval mode on the CPU, side of its input images)."""
-    size = args.input_size or subject.run.get("input_size")
-    utils.seed_everything(args.seed)
-    with utils.as_user_error(f"{subject.name}: ", utils.UserError):
-        pretrained = subject.source == "timm"
-        model = models.build_model(subject.model, None, input_size=size, kwargs=subject.kwargs, pretrained=pretrained)
-        if subject.weights is not None:  # blocks do not depend on the head, so any class count will do
-            models.load_weights(model, subject.weights, replace_head=True)
-    return model.eval(), size or model.pretrained_cfg["input_size"][-1]
-
-
-# Measuring
-
-
-@dataclasses.dataclass
-class Analysis:
-    """What was measured of one model; a block is its module, reduction, shape and what SpectralProfile gives."""
+    """A model to analyze. `analyze` adds the measurements and drops the network."""
 
     name: str
     model: str
     weights: str
     input_size: int
     blocks: list[dict]
+    network: torch.nn.Module
+    run: dict = dataclasses.field(default_factory=dict)  # flags of the training run that the weights come from
+    ranks: dict = dataclasses.field(default_factory=dict)  # from `analyses.rank_analysis`, with published ones
 
-    def curve(self, key):
-        """One number a block, as an array."""
+    def curve(self, key: str) -> np.ndarray:
+        """Return one number per block."""
         return np.array([float(block[key]) for block in self.blocks])
 
 
-def build_data(args, subjects):
-    """(validation set without a transform, {"data_set", "crop_ratio", "images": indices}), as in the first run."""
+def sources_of(args: argparse.Namespace) -> list[tuple[str | None, str]]:
+    """Return the name and source of each model to analyze."""
+    if args.milestones:
+        files = sorted(Path(args.milestones).glob("checkpoint_[0-9][0-9][0-9][0-9].pth"))
+        if not files:
+            raise UserError(f"--milestones {args.milestones} has no checkpoint_0009.pth etc.: train with --save-every")
+        return [(f"epoch {int(file.stem[-4:]) + 1}", str(file)) for file in files]
+    one = f"{args.model}:{args.checkpoint or ''}" if args.model else args.checkpoint
+    return [(name, str(source)) for name, source in args.compare.items()] or [(None, one)]
+
+
+def read_subject(name: str | None, source: str, args: argparse.Namespace) -> Subject:
+    """Build a model from a run folder, a file, a URL, MODEL:CHECKPOINT or the name of a timm model.
+
+    Raises:
+        UserError: there is no such file or model, or the two do not fit.
+    """
+    model, _, path = source.partition(":")
+    if Path(source).exists() or path.startswith("//"):
+        model, path = "", source
+    else:
+        with as_user_error(f"{model} is neither a file nor a folder, and ", UserError):
+            models.check_name(model)
+    kwargs, weights, run = args.model_kwargs, None, {}
+    if path:
+        path = str(Path(path) / CheckpointFolder.LATEST) if Path(path).is_dir() else path
+        checkpoint = load_checkpoint(path)
+        with as_user_error(f"{path}: ", UserError):
+            weights = extract_weights(checkpoint, ema=args.ema)
+        run = stored_args(checkpoint)
+        model = model or run.get("model") or args.model
+        if not model:
+            raise UserError(f"{path} does not name its model: give --model, or MODEL:{path}")
+        kwargs = stored_kwargs(run.get("model_kwargs", {})) if model == run.get("model") else kwargs
+    size = args.input_size or run.get("input_size")
+    utils.seed_everything(args.seed)
+    with as_user_error(f"{name or model}: ", UserError, ValueError):
+        timms = not (path or args.random)
+        network = models.build_model(model, None, input_size=size, kwargs=kwargs, pretrained=timms).eval()
+        if weights is not None:  # the head may have any number of classes, because blocks do not depend on it
+            models.load_weights(network, weights, head="fresh")
+        blocks = spectral.describe_blocks(network)
+    size = size or network.pretrained_cfg["input_size"][-1]
+    return Subject(name or model, model, path or ("timm" if timms else "random"), size, blocks, network, run)
+
+
+def build_data(args: argparse.Namespace, subjects: list[Subject]) -> tuple[torch.utils.data.Dataset, dict]:
+    """Return the validation set, without a transform, and {"data_set", "crop_ratio", "order", "images": indices}.
+
+    What the flags do not set is that of the first training run among the subjects. The crop ratio is "own" for each
+    model's own transform.
+    """
     run = next((subject.run for subject in subjects if subject.run.get("data_set")), {})
     name = args.data_set or run.get("data_set", "IMNET")
-    crop_ratio = args.eval_crop_ratio or run.get("eval_crop_ratio", 0.875)
+    crop = args.eval_crop_ratio or run.get("eval_crop_ratio", 0.875)
     run = run if name == run.get("data_set") else {}
     path = args.data_path or run.get("data_path")
     if name != "GRATINGS" and not path:
-        raise utils.UserError(f"--data-set {name} needs --data-path, the folder of its images")
-    with utils.as_user_error("", ValueError, OSError, RuntimeError):
-        category = args.inat_category or run.get("inat_category", "name")
-        _, size = run.get("gratings_sizes") or (None, None)
+        raise UserError(f"--data-set {name} needs --data-path, the folder of its images")
+    category = args.inat_category or run.get("inat_category", "name")
+    _, size = run.get("gratings_sizes") or (None, None)
+    with as_user_error("", ValueError, OSError, RuntimeError):
         dataset = datasets.build_dataset(name, "val", path, inat_category=category, num_images=size)
-    if args.num_images > len(dataset):
-        utils.say(f"--num-images {args.num_images}: {name} has {len(dataset)} validation images; all are taken")
-    if args.first:
-        indices = list(range(min(args.num_images, len(dataset))))
+    order = args.order or ("classes" if args.ranks else "drawn")
+    number = min(args.num_images or (1000 if args.ranks else 32), len(dataset))
+    if order == "classes":
+        images = analyses.one_of_each_class(datasets.labels(dataset), number)
     else:
-        indices = samplers.random_subset(len(dataset), args.num_images, args.seed)
-    return dataset, {"data_set": name, "crop_ratio": crop_ratio, "images": indices}
+        images = list(range(number)) if order == "first" else samplers.random_subset(len(dataset), number, args.seed)
+    return dataset, {"data_set": name, "crop_ratio": crop, "order": order, "images": images}
 
 
-@torch.no_grad()
-def analyse(subject, dataset, data, args):
-    """Runs one model over the images and returns its Analysis; memory does not grow with their number."""
-    device = torch.device(args.device)
-    model, input_size = build_model(subject, args)
-    with utils.as_user_error(f"{subject.name}: ", ValueError):
-        described = spectral.describe_blocks(model)
-        hooks = spectral.FeatureHooks(model.to(device), range(len(described)))
-    dataset.transform = datasets.eval_transform(input_size, data["crop_ratio"])
-    prepare = datasets.Prepare(model.pretrained_cfg["mean"], model.pretrained_cfg["std"], device=device)
-    profiles = [spectral.SpectralProfile(args.seed) for _ in described]
+def map_reader(subject: Subject, dataset, data: dict, device, args) -> Callable[[], Iterator[list[torch.Tensor]]]:
+    """Return a function that runs a model on the images and yields the maps of all blocks for each batch."""
+    with as_user_error(f"{subject.name}: ", ValueError):
+        hooks = spectral.FeatureHooks(subject.network.to(device), range(len(subject.blocks)))
+    if data["crop_ratio"] == "own":
+        dataset.transform = datasets.own_eval_transform(subject.network, subject.input_size)
+    else:
+        dataset.transform = datasets.eval_transform(subject.input_size, data["crop_ratio"])
+    mean, std = models.normalization(subject.network)
+    prepare = datasets.Prepare(mean, std, device=device)
     workers = min(args.num_workers, math.ceil(len(data["images"]) / args.batch_size))
     pin = device.type == "cuda"
     loader = datasets.build_loader(dataset, data["images"], args.batch_size, workers, drop_last=False, pin_memory=pin)
-    with utils.as_user_error("", datasets.BadImageError):
-        for images, _ in tqdm(loader, desc=subject.name, unit="batch", disable=None):
-            with utils.as_user_error(f"{subject.name}, --input-size {input_size}: ", AssertionError, RuntimeError):
-                model(prepare(images.to(device)))
-                maps = hooks.pop()
-            for profile, block_maps in zip(profiles, maps, strict=True):
-                profile.add(block_maps)
-    blocks = [
+
+    def batches():
+        with as_user_error("", datasets.BadImageError):
+            for images, _ in tqdm(loader, desc=subject.name, unit="batch", disable=None):
+                with forward_errors(subject.name, subject.input_size):
+                    subject.network(prepare(images.to(device)))
+                    maps = hooks.pop()
+                yield maps
+
+    return batches
+
+
+@torch.no_grad()
+def analyze(subject: Subject, dataset, data: dict, device: torch.device, args: argparse.Namespace) -> None:
+    """Run a model on the images and add its measurements. Memory does not grow with the number of images."""
+    batches = map_reader(subject, dataset, data, device, args)
+    profiles = [spectral.SpectralProfile(args.seed) for _ in subject.blocks]
+    for maps in batches():
+        for profile, block_maps in zip(profiles, maps, strict=True):
+            profile.add(block_maps)
+    subject.blocks = [
         {"module": block["module"], "reduction": block["reduction"], "shape": profile.shape, **profile.result()}
-        for block, profile in zip(described, profiles, strict=True)
+        for block, profile in zip(subject.blocks, profiles, strict=True)
     ]
-    analysis = Analysis(subject.name, subject.model, subject.source, input_size, blocks)
-    if not np.isfinite(analysis.curve("rms")).all():
-        raise utils.UserError(f"{subject.name}: its features are not finite: use other weights")
-    return analysis
+    if not np.isfinite(subject.curve("rms")).all():
+        raise UserError(f"{subject.name}: the features are not finite: use other weights")
+    if args.entropy:
+        for key, curve in analyses.entropy_over_depth(batches).items():
+            for block, value in zip(subject.blocks, curve, strict=True):
+                block[key] = value
+    if args.ranks:
+        found = analyses.rank_analysis(lambda: (maps[-1] for maps in batches()), args.seed)
+        subject.ranks = found | {"published": published_ranks(subject) if data["data_set"] == "IMNET" else {}}
+    subject.network = None  # there may be many milestones
 
 
-def say_curves(analysis):
-    """Prints one line a block."""
-    utils.say(f"\n{analysis.name}: {analysis.model}, weights {analysis.weights}, {analysis.input_size} pixels")
-    utils.say(
-        f"{'block':>5}  {'module':<16}{'C x H x W':>15}{'intensity':>11}{'shuffled':>11}{'x sqrt(C)':>11}{'RMS':>11}"
-    )
-    for i, block in enumerate(analysis.blocks):
-        shape = " x ".join(map(str, block["shape"]))
+def published_ranks(subject: Subject) -> dict[str, list[int]]:
+    """Return the published ranks of a model on ImageNet, {"svd": [...], "pca": [...]}, or {}."""
+
+    def identity(config):
+        return config.get("architecture"), config.get("tag")
+
+    own = identity(model_config(subject.network))
+    for name, ranks in json.loads(PUBLISHED.read_text(encoding="utf-8"))["ranks"].items():
+        if identity(models.pretrained_config(name)) == own and subject.weights != "random":
+            return ranks
+    return {}
+
+
+def log_curves(subject: Subject) -> None:
+    """Print one line per block."""
+    utils.log(f"\n{subject.name}: {subject.model}, weights {subject.weights}, {subject.input_size} pixels")
+    columns = "".join(f"{name:>11}" for name in ("intensity", "shuffled", "x sqrt(C)", "RMS"))
+    utils.log(f"{'block':>5}  {'module':<16}{'C x H x W':>15}{columns}")
+    for i, block in enumerate(subject.blocks):
         curves = "".join(f"{float(block[key]):>11.4g}" for key in CURVES)
-        utils.say(f"{i:>5}  {block['module']:<16}{shape:>15}{curves}")
+        utils.log(f"{i:>5}  {block['module']:<16}{' x '.join(map(str, block['shape'])):>15}{curves}")
 
 
-# Pairs of blocks
+def log_ranks(subject: Subject) -> None:
+    """Print the dimensions of the last block next to the published ones."""
+    images, cap, width = (subject.ranks[key] for key in ("images", "cap", "width"))
+    utils.log(f"\n{subject.name}: dimensions with a given share of the energy of the last block's tokens")
+    utils.log(f"99th percentile over {images} images; at most {cap} for SVD and {width} for PCA")
+    utils.log("\n".join(analyses.rank_table(subject.ranks, subject.ranks["published"])))
 
 
-def choose_ends(intensity, num_pairs):
-    """How many of `num_pairs` blocks to take from the start of a network, the others being its last.
-
-    Of all splits, the one whose blocks have the largest summed intensity; among equals the most even one.
-    """
-
-    def rank(first):
-        chosen = [*intensity[:first], *intensity[len(intensity) - (num_pairs - first) :]]
-        return math.fsum(chosen), -abs(2 * first - num_pairs)
-
-    return max(range(num_pairs + 1), key=rank)
+def log_milestones(subjects: list[Subject]) -> None:
+    """Print the intensity of each block, one line per epoch."""
+    utils.log(f"\nintensity of blocks 0 to {len(subjects[0].blocks) - 1}")
+    for subject in subjects:
+        utils.log(f"{subject.name:<11}{''.join(f'{value:>8.3g}' for value in subject.curve('intensity'))}")
 
 
-def suggest_pairs(intensity, student, teacher, num_pairs):
-    """Chooses the teacher's blocks by `choose_ends` and a block of the student for each.
-
-    Where both models have stages, only the last blocks of equal reduction are looked at, and paired. Otherwise a
-    student no deeper than the teacher gives as many of its first and of its last blocks, since places in proportion
-    would fall on one another, and a deeper one gives those at the same relative depth.
-
-    Args:
-        intensity: of the teacher's blocks, comparable across widths.
-        student, teacher: reduction of each block, in input pixels a token.
-        num_pairs: how many to choose.
-
-    Returns:
-        (student ids, teacher ids), ascending and without repeats.
-
-    Raises:
-        utils.UserError: there are fewer blocks than that.
-    """
-    s_from, t_from, unit = range(len(student)), range(len(teacher)), "blocks"
-    if len(set(student)) > 1 and len(set(teacher)) > 1:
-        common, unit = sorted(set(student) & set(teacher)), "stages of equal resolution"
-        s_from, t_from = (
-            [max(i for i, r in enumerate(model) if r == c) for c in common] for model in (student, teacher)
-        )
-    for who, found in (("student", s_from), ("teacher", t_from)):
-        if num_pairs > len(found):
-            raise utils.UserError(f"--suggest {num_pairs}: the {who} has only {len(found)} {unit}: ask for fewer")
-    depth, extra = len(t_from), len(s_from) - len(t_from)
-    first = choose_ends([intensity[i] for i in t_from], num_pairs)
-    chosen = [*range(first), *range(depth - (num_pairs - first), depth)]
-    if extra > 0:
-        partners = [round(i * (len(s_from) - 1) / max(depth - 1, 1)) for i in chosen]
-    else:
-        partners = [i if i < first else i + extra for i in chosen]
-    return [s_from[i] for i in partners], [t_from[i] for i in chosen]
-
-
-def suggest(args, student_blocks, teacher):
-    """Chooses the pairs, and prints them with the curve that they come from; returns them."""
+def suggest(args: argparse.Namespace, student_blocks: list[dict], teacher: Subject) -> dict:
+    """Choose pairs, and print them with the curve on which they are based."""
     intensity = teacher.curve("intensity_corrected").tolist()
     student, taught = ([block["reduction"] for block in blocks] for blocks in (student_blocks, teacher.blocks))
-    s_id, t_id = suggest_pairs(intensity, student, taught, args.suggest)
-    share = sum(intensity[i] for i in t_id) / sum(intensity)
-    utils.say(f"\n{args.student} taught by {teacher.name}: intensity x sqrt(C) of the teacher's blocks, and the pairs")
+    with as_user_error("--suggest: ", ValueError):
+        s_id, t_id = analyses.suggest_pairs(intensity, student, taught, args.suggest)
+    utils.log(f"\n{teacher.name} teaches {args.student}: intensity x sqrt(C) of the teacher's blocks, and pairs")
     for i, value in enumerate(intensity):
         partner = f"<- student {s_id[t_id.index(i)]}" if i in t_id else ""
-        utils.say(f"{i:>5} {value:>10.4g}  {'#' * round(40 * value / max(intensity)):<40}  {partner}")
-    utils.say(
-        f"Of all choices of {len(t_id)} blocks at the two ends these have the most of it, {share:.1%} of the whole."
-    )
-    utils.say(f"--s-id {' '.join(map(str, s_id))} --t-id {' '.join(map(str, t_id))}")
+        utils.log(f"{i:>5} {value:>10.4g}  {'#' * round(40 * value / max(intensity)):<40}  {partner}")
+    share = sum(intensity[i] for i in t_id) / sum(intensity)
+    utils.log(f"These {len(t_id)} blocks have the largest sum at the two ends: {share:.1%} of the total.")
+    utils.log(f"--s-id {' '.join(map(str, s_id))} --t-id {' '.join(map(str, t_id))}")
     return {"student": args.student, "teacher": teacher.name, "s_id": s_id, "t_id": t_id}
 
 
-# Results
+def curves_of(subject: Subject) -> tuple[str, ...]:
+    """Return the names of the measurements with one number per block."""
+    return CURVES + tuple(key for key in ENTROPY if key in subject.blocks[0])
 
 
-def write_numbers(folder, analyses, about):
-    """Writes spectra.npz (see KEYS), and what it is of with one number a block as spectra.json."""
-    arrays, plain = {}, []
-    for analysis in analyses:
-        arrays[f"{analysis.name}/shape"] = np.array([block["shape"] for block in analysis.blocks])
-        arrays |= {f"{analysis.name}/{key}": analysis.curve(key) for key in CURVES}
-        for i, block in enumerate(analysis.blocks):
-            arrays |= {f"{analysis.name}/{key}/{i}": block[key].numpy() for key in PROFILES}
-        plain.append(dataclasses.asdict(analysis))
-        plain[-1]["blocks"] = [{k: v for k, v in block.items() if k not in PROFILES} for block in analysis.blocks]
-    text = json.dumps({**about, "models": plain, "keys_of_spectra_npz": KEYS}, indent=1, default=torch.Tensor.tolist)
+def write_numbers(folder: Path, subjects: list[Subject], about: dict) -> None:
+    """Write spectra.npz (see KEYS), spectra.json with `about`, the models and one number per block, and ranks.json."""
+    arrays: dict[str, Any] = {}
+    plain: list[dict[str, Any]] = []
+    for subject in subjects:
+        arrays[f"{subject.name}/shape"] = np.array([block["shape"] for block in subject.blocks])
+        arrays |= {f"{subject.name}/{key}": subject.curve(key) for key in curves_of(subject)}
+        for i, block in enumerate(subject.blocks):
+            arrays |= {f"{subject.name}/{key}/{i}": block[key].numpy() for key in PROFILES}
+        plain.append({key: getattr(subject, key) for key in ("name", "model", "weights", "input_size")})
+        plain[-1]["blocks"] = [{k: v for k, v in block.items() if k not in PROFILES} for block in subject.blocks]
+    documents = {"spectra": {**about, "models": plain, "keys_of_spectra_npz": KEYS}}
+    if subjects[0].ranks:
+        percentiles = {subject.name: {"model": subject.model, **subject.ranks} for subject in subjects}
+        documents["ranks"] = {**about, "shares": analyses.SHARES, "percentile": 99, "models": percentiles}
     utils.write_atomically(folder / "spectra.npz", lambda file: np.savez_compressed(file, **arrays))
-    utils.write_atomically(folder / "spectra.json", lambda file: file.write(text.encode()))
+    for name, document in documents.items():
+        text = json.dumps(document, indent=1, default=torch.Tensor.tolist)
+        utils.write_atomically(folder / f"{name}.json", lambda file, text=text: file.write(text.encode()))
 
 
-def write_figures(folder, figures, pdf):
-    for name, figure in figures.items():
-        for kind in ("png", "pdf")[: 1 + pdf]:
-            save = functools.partial(figure.savefig, format=kind, dpi=DPI)
-            utils.write_atomically(folder / f"{name}.{kind}", save)
-
-
-def write_tensorboard(folder, analyses, figures):
-    """Curves over blocks, a run a model so that they share their charts, and the figures."""
+def write_tensorboard(folder: Path, subjects: list[Subject], figures: dict[str, Figure]) -> None:
+    """Write the figures, and the curves over blocks as a run per model, so that models share charts."""
     from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-    shutil.rmtree(folder, ignore_errors=True)  # charts of an earlier analysis would mix with these
-    for analysis in analyses:
-        with SummaryWriter(str(folder / analysis.name)) as writer:
-            for key in CURVES:
-                for i, value in enumerate(analysis.curve(key)):
+    shutil.rmtree(folder, ignore_errors=True)  # or charts of an earlier analysis would be mixed in
+    for subject in subjects:
+        with SummaryWriter(str(folder / subject.name)) as writer:
+            for key in curves_of(subject):
+                for i, value in enumerate(subject.curve(key)):
                     writer.add_scalar(f"block/{key}", value, i)
     with SummaryWriter(str(folder)) as writer:
         for name, figure in figures.items():
             writer.add_figure(name, figure)
 
 
-# Figures
-
-DPI = 200
-STYLE = {
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
-    "lines.linewidth": 1.2,
-    "lines.markersize": 3.5,
-    "legend.frameon": False,
-    "pdf.fonttype": 42,  # letters stay letters
-}
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
-MARKERS = "osD^vP"
-DEPTH_COLOURS = "viridis"
-SHUFFLED = {"color": "black", "linestyle": "", "marker": "x", "markersize": 3, "markeredgewidth": 0.7}
-RMS = {"color": "black", "linestyle": ":", "linewidth": 0.9, "zorder": 3}
-PAGE_WIDTH = 7  # inches
-CHANNEL_FREQUENCY = "frequency along channels (cycles per channel)"
-GRID_FREQUENCY = "frequency over the grid (cycles per token)"
-WIDE_SPREAD = 30  # levels that differ by more are drawn on a logarithmic axis
-
-
-def draw(analyses, pairs=None):
-    """{name: figure} of everything that was measured, and of the suggested pairs."""
-    figures = {
-        "intensity": draw_intensity(analyses),
-        "spectrum": draw_lines(analyses, spectrum_line, CHANNEL_FREQUENCY, "spectrum $S$"),
-        "heatmap": draw_heatmap(analyses),
-        "radial": draw_lines(analyses, radial_line, GRID_FREQUENCY, "power"),
-    }
-    return figures | ({"suggestion": draw_suggestion(analyses[0], pairs)} if pairs else {})
-
-
-def panels(num, width=None, **options):
-    """(figure, axes in a list) of equal panels, at most four in a row and then as wide as a page's text."""
-    rows = math.ceil(num / 4)
-    columns = math.ceil(num / rows)
-    size = (width or min(1.5 + 2.1 * columns, PAGE_WIDTH), 0.4 + 2.1 * rows)
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, **options).flatten().tolist()
-    for spare in axes[num:]:
-        spare.remove()
-    for lowest in axes[num - columns : num]:
-        lowest.tick_params(labelbottom=True)
-    return figure, axes[:num]
-
-
-def depth_axis(analyses):
-    """(places of an analysis's blocks, label): block numbers, or relative depth where models differ in depth."""
-    if len({len(analysis.blocks) for analysis in analyses}) == 1:
-        return (lambda analysis: np.arange(len(analysis.blocks))), "block"
-    return (lambda analysis: np.linspace(0, 1, len(analysis.blocks))), "relative depth"
-
-
-def draw_intensity(analyses):
-    """Intensity over depth with shuffled channels beside it, and both made comparable across widths beside the RMS."""
-    place, label = depth_axis(analyses)
-    figure, axes = panels(2, PAGE_WIDTH)
-    for i, analysis in enumerate(analyses):
-        x, colour = place(analysis), COLOURS[i % len(COLOURS)]
-        line = {"color": colour, "marker": MARKERS[i % len(MARKERS)], "label": analysis.name}
-        axes[0].plot(x, analysis.curve("intensity"), **line)
-        axes[0].plot(x, analysis.curve("intensity_shuffled"), **SHUFFLED)
-        axes[1].plot(x, analysis.curve("intensity_corrected"), **line)
-        axes[1].plot(x, analysis.curve("rms") * math.sqrt(math.pi) / 2, **RMS)
-    for axis, ylabel in zip(axes, ("intensity", r"intensity $\times\ \sqrt{C}$"), strict=True):
-        axis.set(xlabel=label, ylabel=ylabel)
-        levels = np.concatenate([line.get_ydata() for line in axis.lines])
-        if levels.max() > WIDE_SPREAD * levels.min() > 0:
-            axis.set_yscale("log")
-        else:
-            axis.set_ylim(0, 1.05 * levels.max())
-        if label == "block":
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    handles, labels = axes[0].get_legend_handles_labels()
-    shown = dict(zip(labels, handles, strict=True)) | {"channels shuffled": Line2D([], [], **SHUFFLED)}
-    shown[r"$\sqrt{\pi}/2\ \times$ RMS"] = Line2D([], [], **RMS)
-    columns = math.ceil(len(shown) / math.ceil(len(shown) / 5))
-    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=columns)
-    return figure
-
-
-def spectrum_line(block):
-    """The first C // 2 bins of the layer-wise spectrum, over their frequencies."""
-    half = len(block["spectrum"]) // 2
-    return np.arange(half) / len(block["spectrum"]), block["spectrum"][:half].numpy()
-
-
-def radial_line(block):
-    return block["radial_frequency"].numpy(), block["radial_power"].numpy()
-
-
-def draw_lines(analyses, line, xlabel, ylabel):
-    """A panel a model, a line a block, coloured by depth."""
-    place, label = depth_axis(analyses)
-    figure, axes = panels(len(analyses), sharex=True, sharey=True)
-    scale = ScalarMappable(Normalize(0, max(place(analyses[0])[-1], 1)), DEPTH_COLOURS)
-    for axis, analysis in zip(axes, analyses, strict=True):
-        for x, block in zip(place(analysis), analysis.blocks, strict=True):
-            axis.plot(*line(block), color=scale.to_rgba(x), lw=0.8)
-        axis.set(yscale="log", title=analysis.name)
-    ticks = MaxNLocator(integer=True) if label == "block" else None
-    return label_all(figure, axes, scale, xlabel, ylabel, label=label, ticks=ticks)
-
-
-def draw_heatmap(analyses):
-    """A panel a model: layer-wise spectrum by block and frequency, one scale for all."""
-    figure, axes = panels(len(analyses), sharex=True)
-    levels = np.concatenate([spectrum_line(block)[1] for analysis in analyses for block in analysis.blocks])
-    scale = ScalarMappable(LogNorm(*np.quantile(levels[levels > 0], (0.002, 0.998))), DEPTH_COLOURS)
-    for axis, analysis in zip(axes, analyses, strict=True):
-        for i, block in enumerate(analysis.blocks):
-            frequency, values = spectrum_line(block)
-            edges = np.append(frequency, 0.5)
-            axis.pcolormesh(edges, (i - 0.5, i + 0.5), values[None], norm=scale.norm, cmap=scale.cmap, rasterized=True)
-        axis.set(title=analysis.name, xlim=(0, 0.5))
-        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
-    return label_all(figure, axes, scale, CHANNEL_FREQUENCY, "block", label="spectrum $S$")
-
-
-def label_all(figure, axes, scale, xlabel, ylabel, **colorbar):
-    """One label an axis and one colour bar for all panels."""
-    figure.supxlabel(xlabel, fontsize="medium")
-    figure.supylabel(ylabel, fontsize="medium")
-    figure.colorbar(scale, ax=axes, **colorbar)
-    return figure
-
-
-def draw_suggestion(teacher, pairs):
-    """The teacher's curve with the chosen blocks, each with its student block."""
-    figure, (axis,) = panels(1)
-    curve = teacher.curve("intensity_corrected")
-    axis.plot(curve, color=COLOURS[0], marker=".", label=teacher.name)
-    axis.plot(pairs["t_id"], curve[pairs["t_id"]], "o", ms=7, mfc="none", color=COLOURS[1], label="chosen")
-    for s, t in zip(pairs["s_id"], pairs["t_id"], strict=True):
-        axis.annotate(s, (t, curve[t]), textcoords="offset points", xytext=(0, 6), ha="center", color=COLOURS[1])
-    axis.set(xlabel="teacher block (numbers: student block)", ylabel=r"intensity $\times\ \sqrt{C}$")
-    axis.set_ylim(0, 1.12 * curve.max())
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.legend()
-    return figure
-
-
-def main(args):
-    subjects = read_subjects(args)
+def main(args: argparse.Namespace) -> None:
+    device = init_distributed(args.device)
+    if args.import_module:
+        models.import_models(args.import_module)
+    read = (read_subject(name, source, args) for name, source in sources_of(args))
+    # Check all models before running the first one. Only one milestone at a time is in memory.
+    subjects = list(itertools.islice(read, 1 if args.milestones else None))
     if args.suggest:
-        student = models.build_model(args.student, None, input_size=None, kwargs=key_values(args.student_kwargs))
-        with utils.as_user_error("--student: ", ValueError):
+        student = models.build_model(args.student, None, input_size=None, kwargs=args.student_kwargs)
+        with as_user_error("--student: ", ValueError):
             student_blocks = spectral.describe_blocks(student)
     dataset, data = build_data(args, subjects)
-    folder = utils.open_output_folder(args.output_dir)
-    which = "the first" if args.first else f"drawn by seed {args.seed}"
-    utils.say(f"{len(data['images'])} validation images of {data['data_set']}, {which}")
-    analyses = [analyse(subject, dataset, data, args) for subject in subjects]
-    for analysis in analyses:
-        say_curves(analysis)
-    pairs = suggest(args, student_blocks, analyses[0]) if args.suggest else None
-    if folder is None:
+    folder = Path(args.output_dir)
+    with as_user_error(f"--output_dir {folder} cannot be written: ", OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    which = ORDERS[data["order"]].format(args.seed)
+    utils.log(f"{len(data['images'])} validation images of {data['data_set']}, {which}")
+    for subject in subjects:
+        analyze(subject, dataset, data, device, args)
+        subjects += itertools.islice(read, 1)  # the next milestone
+    if args.milestones:
+        log_milestones(subjects)
+    else:
+        for subject in subjects:
+            log_curves(subject)
+    if args.ranks:
+        for subject in subjects:
+            log_ranks(subject)
+    pairs = suggest(args, student_blocks, subjects[0]) if args.suggest else None
+    if not args.output_dir:
         return
-    with utils.as_user_error(f"--output_dir {args.output_dir}: ", OSError), matplotlib.rc_context(STYLE):
-        write_numbers(folder.folder, analyses, {**data, "seed": args.seed, "suggestion": pairs})
-        figures = draw(analyses, pairs)
-        write_figures(folder.folder, figures, args.pdf)
-        write_tensorboard(folder.folder / "tensorboard", analyses, figures)
-    utils.say(f"wrote spectra.npz, spectra.json, {', '.join(f'{name}.png' for name in figures)} to {folder.folder}")
+    with as_user_error(f"--output_dir {folder}: ", OSError), matplotlib.rc_context(plots.STYLE):
+        write_numbers(folder, subjects, {**data, "seed": args.seed, "suggestion": pairs})
+        figures = plots.draw_milestones(subjects) if args.milestones else plots.draw(subjects, pairs)
+        for name, kind in itertools.product(figures, ("png", "pdf")[: 1 + args.pdf]):
+            save = functools.partial(figures[name].savefig, format=kind, dpi=200)
+            utils.write_atomically(folder / f"{name}.{kind}", save)
+        write_tensorboard(folder / "tensorboard", subjects, figures)
+    files = ["spectra.npz", "spectra.json", *["ranks.json"] * args.ranks, *(f"{name}.png" for name in figures)]
+    utils.log(f"wrote {', '.join(files)} to {folder}")
 
 
 if __name__ == "__main__":
-    with utils.exit_codes():
-        arguments = get_args_parser().parse_args()
-        check_args(arguments)
-        main(arguments)
+    with exit_codes():
+        main(parse_args())

@@ -1,81 +1,181 @@
-"""Data sets, their transforms, and the embedded data set GRATINGS.
+"""Data sets, how their files are read, and their transforms.
 
-Every data set hands out (image, label): uint8 pixels (3, H, W) and an int. Batches stay uint8 until `Prepare` has them
-on the device, which is a quarter of the float traffic.
+Every sample is (image, label): uint8 pixels (3, H, W) and an int. `Prepare` converts batches on the device, because
+uint8 batches need a quarter of the memory traffic of float32.
 """
 
 import json
-import math
+import os
 import random
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Sequence
 from multiprocessing import Array
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_transform
-from timm.data.loader import fast_collate
+from timm.data import create_transform, resolve_model_data_config
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import MaybePILToTensor, str_to_interp_mode
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-from torch.utils.data._utils import signal_handling
+from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.datasets import CIFAR100, ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
-DATA_SETS = ("IMNET", "CIFAR", "INAT", "INAT19", "GRATINGS")
+from gratings import GRATINGS_SIZES, Gratings
+from loaders import build_loader as build_loader
+from utils import log
+
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
-SMALL_IMAGE = 32  # DeiT's rule: at this size or less, crops are of the whole image with a border of 4 pixels
+SMALL_IMAGE = 32  # up to this size, DeiT crops the whole image with a border of 4 pixels
 
 
-def build_dataset(name, split, path, transform=None, *, inat_category="name", num_images=None):
-    """Builds one split of a data set.
+def build_dataset(
+    name: str,
+    split: str,
+    path: str | Path | None,
+    transform: Callable | None = None,
+    *,
+    inat_category: str = "name",
+    num_images: int | None = None,
+) -> Dataset:
+    """Return a split ("train" or "val"): a map-style data set of (image, label) with a list of class names, `classes`.
 
     Args:
-        name: one of DATA_SETS.
-        split: "train" or "val".
-        path: folder of the data; not used by GRATINGS.
-        transform: PIL image -> anything.
-        inat_category: taxonomic level that is the class (INAT, INAT19).
-        num_images: size of the split (GRATINGS), or None for its default.
-
-    Returns:
-        A map-style Dataset of (transform(image), label) with `classes`, the list of class names.
+        name: IMNET, CIFAR, INAT, INAT19 or GRATINGS.
+        path: folder of the data (not GRATINGS).
+        transform: RGB PIL image -> image of the sample.
+        inat_category: taxonomic level of the classes (INAT, INAT19).
+        num_images: size of the split (GRATINGS); None for its default.
 
     Raises:
-        ValueError, FileNotFoundError, RuntimeError: with one line that says what was expected, and where.
+        ValueError, FileNotFoundError, RuntimeError: the data are not as expected; the message is one line.
     """
     if name == "GRATINGS":
         return Gratings(split, num_images or GRATINGS_SIZES[split], transform=transform)
-    root = Path(path)
-    if not root.is_dir():
+    if not (root := Path(path)).is_dir():
         raise FileNotFoundError(f"--data-path {path} is not a folder")
     if name == "CIFAR":
         try:
             return CIFAR100(root, train=split == "train", transform=transform)
-        except RuntimeError:  # its own message proposes an argument of Python's
+        except RuntimeError:  # torchvision suggests download=True
             raise RuntimeError(
                 f"CIFAR-100 not found or damaged under --data-path {path}: unpack cifar-100-python.tar.gz there"
             ) from None
     if name in ("INAT", "INAT19"):
         return INaturalist(root, split, 2018 if name == "INAT" else 2019, inat_category, transform)
     folder = root / split
+    if split == "val" and not folder.is_dir() and (root / "validation").is_dir():
+        folder = root / "validation"
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} does not exist: --data-path needs train/ and val/, a folder a class in each")
-    return ImageFolder(folder, transform=transform, loader=LastImage())
+        raise FileNotFoundError(f"{folder} does not exist: --data-path needs train/ and val/ with one folder per class")
+    return ClassFolders(folder, transform)
+
+
+def labels(dataset: Any) -> list[int]:
+    """Return the class of each sample of a data set of `build_dataset`, without reading images."""
+    if isinstance(dataset, Gratings):
+        return [index % len(dataset.classes) for index in range(len(dataset))]
+    return dataset.targets if isinstance(dataset, CIFAR100) else [label for _, label in dataset.samples]
+
+
+def match_classes(found: Sequence[str], known: Sequence[str]) -> list[int]:
+    """Return the model's class index for each class of a data set.
+
+    Args:
+        found: class names of the data set: some of the model's names, or the numbers 0..N-1 of its N classes.
+        known: class names of the model, in the order of its logits.
+
+    Raises:
+        ValueError: the model does not know a name, or a name occurs twice.
+    """
+    found, known = ([unicodedata.normalize("NFC", name) for name in names] for names in (found, known))
+    counts = Counter(known)
+    twice = [name for name, count in Counter(found).items() if count > 1 or counts[name] > 1]
+    if twice:
+        raise ValueError(f"class names are not unique: {_first(twice)}")
+    unknown = [name for name in found if name not in counts]
+    numbers = [int(name) for name in found if name.isdecimal()]
+    if len(unknown) == len(found) and sorted(numbers) == list(range(len(known))):
+        return numbers
+    if unknown:
+        raise ValueError(
+            f"{len(unknown)} of {len(found)} classes are unknown to the model: {_first(unknown)}; it has {len(known)}: "
+            f"{_first(known)}. Name the class folders as the model does, or 0 to {len(known) - 1} in its order"
+        )
+    index = {name: i for i, name in enumerate(known)}
+    return [index[name] for name in found]
+
+
+def _first(names, number=5):
+    return ", ".join(names[:number]) + (f" and {len(names) - number} more" if len(names) > number else "")
+
+
+class BadImageError(RuntimeError):
+    """A file that cannot be read as an image."""
+
+
+class ClassFolders(ImageFolder):
+    """torchvision's ImageFolder with these differences.
+
+    Class folders named by numbers are in numeric order, not 0, 1, 10, 2. Hidden files and folders are skipped. Class
+    names are in Unicode's NFC form. Links to a parent folder are not followed, because its images would repeat.
+    """
+
+    def __init__(self, root: Path, transform: Callable | None = None):
+        names = {}
+        for path in sorted(path for path in root.iterdir() if path.is_dir()):
+            name = unicodedata.normalize("NFC", path.name)
+            if name in names:
+                raise ValueError(f"{root} has two folders of one class: {names[name].name!a}, {path.name!a}")
+            names[name] = path
+        hidden = [name for name in names if name.startswith(".")]
+        if hidden:
+            log(f"{root}: skipping hidden folders: {_first(hidden)}")
+        self.classes = [name for name in sorted(names) if name not in hidden]
+        if not self.classes:
+            raise ValueError(
+                f"{root} has no class folders: sort its images into one folder per class, as in train/ "
+                "(torchvision.datasets.ImageNet does it for the official ImageNet archives)"
+            )
+        if all(name.isdecimal() for name in self.classes):
+            self.classes.sort(key=int)
+        self.samples = [(path, i) for i, name in enumerate(self.classes) for path in _image_files(names[name])]
+        empty = set(range(len(self.classes))) - {label for _, label in self.samples}
+        if empty:
+            raise ValueError(f"{root} has classes without images: {_first([self.classes[i] for i in sorted(empty)])}")
+        self.targets = [label for _, label in self.samples]
+        self.root, self.transform, self.target_transform, self.loader = root, transform, None, LastImage()
+
+
+def _image_files(root):
+    """Return the paths of the images in a folder in torchvision's order."""
+    paths, seen = [], set()
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        real = os.path.join(os.path.realpath(folder), "")
+        if any(other.startswith(real) for other in seen):  # a link to a parent, or a second link
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        paths += [(folder, name) for name in files if name.lower().endswith(IMG_EXTENSIONS) and name[0] != "."]
+    return [os.path.join(*path) for path in sorted(paths)]
 
 
 class LastImage:
-    """An image loader (path -> RGB PIL image) that keeps the last image it decoded.
+    """Load RGB PIL images and keep the last one, as repeated augmentation reads a file up to three times in a row.
 
-    Repeated augmentation puts the copies of an image side by side, so that one process asks for the same file up to
-    three times in a row. Transforms never write into their input, so the pixels are those of a fresh decode.
+    Transforms do not write to their input, so the kept pixels equal those of a new decode.
     """
 
     def __init__(self):
         self.path, self.image = None, None
 
-    def __call__(self, path):
+    def __call__(self, path: str | Path) -> Image.Image:
         if path != self.path:
             try:
                 self.path, self.image = path, _decode(path)
@@ -85,32 +185,43 @@ class LastImage:
 
 
 def _decode(path):
-    """The pixels of torchvision's default loader, which copies an image that is RGB already."""
+    """Load an image as torchvision does, but scale 16-bit and float images to 8 bits."""
     with Image.open(path) as image:
         image.load()
+        image = _to_8_bits(image) if image.mode[0] in "IF" else image
         return image if image.mode == "RGB" else image.convert("RGB")
 
 
-class BadImageError(RuntimeError):
-    """A file that is no readable image."""
+def _to_8_bits(image):
+    """Scale an image of mode I;16, I;16B, I or F to mode L; PIL would clip it.
+
+    Integers in 0..65535, and floats in 0..1 or 0..255, are mapped to 0..255. Images with values outside these ranges
+    are scaled by their own minimum and maximum.
+    """
+    pixels = np.asarray(image).astype(np.float64)
+    low, high = pixels.min(), pixels.max()
+    if not np.isfinite([low, high]).all():
+        raise ValueError("it has pixels that are not finite")
+    tops = (65535,) if image.mode[0] == "I" else (1, 255)
+    top = next((top for top in tops if low >= 0 and high <= top), None)
+    if top is None:
+        pixels, top = pixels - low, (high - low) or 1
+    return Image.fromarray(np.rint(pixels * (255 / top)).astype(np.uint8))
 
 
 class INaturalist(ImageFolder):
-    """iNaturalist 2018 or 2019 as DeiT lays it out: train<year>.json, val<year>.json, categories.json and the images.
+    """iNaturalist 2018 or 2019 in DeiT's layout: train<year>.json, val<year>.json, categories.json and the images.
 
-    The class of an image is its category's entry at the level `category`, numbered in the order in which the levels
-    first appear among the training annotations. Images lie under <folder>/<category id>/ (DeiT) or where their
-    file name says.
+    The class of an image is the name of its category at the taxonomic level `category`. Classes are in the order of the
+    training annotations. Images are in <folder>/<category id>/, as in DeiT, or at their `file_name`.
     """
 
-    def __init__(self, root, split, year, category, transform=None):
-        if category not in INAT_CATEGORIES:
-            raise ValueError(f"--inat-category {category} is not one of {', '.join(INAT_CATEGORIES)}")
+    def __init__(self, root: Path, split: str, year: int, category: str, transform: Callable | None = None):
         categories = _read_json(root / "categories.json")
         if not all(category in c for c in categories):
             levels = [level for level in INAT_CATEGORIES if all(level in c for c in categories)]
             raise ValueError(
-                f"--inat-category {category} is not in {root / 'categories.json'}: it has {', '.join(levels)}"
+                f"--inat-category {category} is not in {root / 'categories.json'}: choose from {', '.join(levels)}"
             )
         level_of = {int(c.get("id", i)): c[category] for i, c in enumerate(categories)}
         train = _read_json(root / f"train{year}.json")
@@ -123,10 +234,7 @@ class INaturalist(ImageFolder):
             folder, *_, category_id, file = image["file_name"].split("/")
             deit = root / folder / category_id / file
             path = deit if deit.exists() else root / image["file_name"]
-            label = number.get(level_of.get(int(category_id)))
-            if label is None:
-                raise ValueError(f"the {category} of {image['file_name']} is not among those of train{year}.json")
-            self.samples.append((str(path), label))
+            self.samples.append((str(path), number[level_of[int(category_id)]]))
         self.transform, self.target_transform, self.loader = transform, None, LastImage()
 
 
@@ -136,35 +244,27 @@ def _read_json(path):
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
-
-
-def keeps_whole(input_size, three_augment) -> bool:
-    """Whether a training crop is of the whole image with a border, as for CIFAR, and not of a random part of it."""
-    return input_size <= SMALL_IMAGE and not three_augment
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
 
 
 def train_transform(
-    input_size,
+    input_size: int,
     *,
-    aa=None,
-    color_jitter=None,
-    interpolation="bicubic",
-    hflip=0.5,
-    three_augment=False,
-    simple_crop=False,
-):
-    """DeiT's training transform up to uint8 pixels; normalisation and random erasing follow on the device.
+    aa: str | None = None,
+    color_jitter: float | None = None,
+    interpolation: str = "bicubic",
+    hflip: float = 0.5,
+    three_augment: bool = False,
+    simple_crop: bool = False,
+) -> transforms.Compose:
+    """Build DeiT's training transform up to uint8 pixels; `Prepare` normalizes and erases on the device.
 
     Args:
-        input_size: side of the square image, pixels.
-        aa: timm's name of an automatic augmentation ("rand-m9-mstd0.5-inc1"), or None.
-        color_jitter: strength, or None. timm leaves it out where `aa` is RandAugment or AutoAugment, as in DeiT.
+        aa: timm's name of an augmentation policy ("rand-m9-mstd0.5-inc1"), or None.
+        color_jitter: strength, or None. As in DeiT, timm omits it with RandAugment and AutoAugment.
         interpolation: "bicubic", "bilinear" or "random".
-        hflip: probability of a horizontal flip.
-        three_augment: DeiT III's augmentation (arXiv 2204.07118): one of grey scale, solarisation and blur, and colour
-            jitter, instead of `aa`.
-        simple_crop: DeiT III's crop: resize, then a random crop with 4 pixels of reflected border.
+        three_augment: use DeiT III's 3-Augment (arXiv 2204.07118) instead of `aa`.
+        simple_crop: use DeiT III's crop: resize, then a random crop with 4 pixels of reflected border.
     """
     transform = create_transform(
         input_size,
@@ -173,39 +273,74 @@ def train_transform(
         color_jitter=color_jitter,
         auto_augment="3a" if three_augment else aa,
         interpolation=interpolation,
-        use_prefetcher=True,  # leaves uint8 pixels
+        use_prefetcher=True,  # keeps the pixels uint8
     )
-    if keeps_whole(input_size, three_augment):
-        transform.transforms[0] = _resized_random_crop(input_size, interpolation, "constant")
-    elif simple_crop:
-        transform.transforms[0] = _resized_random_crop(input_size, interpolation)
+    small = input_size <= SMALL_IMAGE and not three_augment  # as for CIFAR in DeiT: a crop of the whole image
+    if small or simple_crop:
+        resize = BoundedResize(input_size, str_to_interp_mode(interpolation), center=False)
+        crop = transforms.RandomCrop(input_size, padding=4, padding_mode="constant" if small else "reflect")
+        transform.transforms[0] = transforms.Compose([resize, crop])
     return transform
 
 
-def _resized_random_crop(input_size, interpolation, padding_mode="reflect"):
-    resize = transforms.Resize(input_size, interpolation=str_to_interp_mode(interpolation))
-    return transforms.Compose([resize, transforms.RandomCrop(input_size, padding=4, padding_mode=padding_mode)])
-
-
-def eval_transform(input_size, crop_ratio=0.875, interpolation="bicubic"):
-    """DeiT's evaluation transform: shorter side to input_size / crop_ratio, centre crop, uint8 pixels."""
+def eval_transform(input_size: int, crop_ratio: float = 0.875, interpolation: str = "bicubic") -> transforms.Compose:
+    """Build DeiT's evaluation transform: resize the shorter side to input_size / crop_ratio, center crop, uint8."""
     size = int(input_size / crop_ratio) if input_size > SMALL_IMAGE else input_size
-    resize = transforms.Resize(size, interpolation=str_to_interp_mode(interpolation))
+    resize = BoundedResize(size, str_to_interp_mode(interpolation), center=True)
     return transforms.Compose([resize, transforms.CenterCrop(input_size), MaybePILToTensor()])
 
 
-class Prepare(nn.Module):
-    """Takes uint8 images to the model's input on their device: x / 255, - mean, / std, then random erasing in training.
+def own_eval_transform(model: nn.Module, input_size: int | None = None) -> transforms.Compose:
+    """Build the evaluation transform of a timm model's config, for its own input size or another one."""
+    config = resolve_model_data_config(model)
+    return eval_transform(input_size or config["input_size"][-1], config["crop_pct"], config["interpolation"])
 
-    The three steps in this order give the bits of torchvision's ToTensor and Normalize.
 
-    Args:
-        mean, std: three floats each, on the scale 0..1.
-        reprob, remode, recount: timm's random erasing (arXiv 1708.04896) per image; 0 for none.
-        device: where the images will be.
+class BoundedResize(transforms.Resize):
+    """Resize the shorter side; of an image that would become huge, keep only a part of the longer side.
+
+    Resized to a height of 256, a panorama of 2 x 20,000 pixels would take 2 GB. With `center`, the center is kept, so
+    that center crops do not change; otherwise a random part.
     """
 
-    def __init__(self, mean, std, reprob=0.0, remode="pixel", recount=1, device="cpu"):
+    LIMIT = 2**24  # pixels of the resized image
+    KEEP = 16  # longer side of the part over the shorter side
+
+    def __init__(self, size: int, interpolation: transforms.InterpolationMode, center: bool):
+        super().__init__(size, interpolation)
+        self.center = center
+
+    def forward(self, image: Image.Image) -> Image.Image:
+        short, long = sorted(image.size)
+        resized = int(self.size * long / short)
+        if self.size * resized <= self.LIMIT:
+            return super().forward(image)
+        length = self.KEEP * self.size
+        length += (resized - length) % 4  # so that CenterCrop rounds as for the whole image
+        start = (resized - length) // 2 if self.center else int(torch.randint(resized - length + 1, ()))
+        first, last = start * long / resized, (start + length) * long / resized
+        offset = max(0, int(first) - 4 - 4 * long // resized)  # before what the filter reads
+        box, size, origin = (first - offset, 0, last - offset, short), (length, self.size), (offset, 0)
+        end = (min(long, int(last) + 5 + 4 * long // resized), short)
+        if image.height == long:
+            box, size, origin, end = (box[1], box[0], box[3], box[2]), size[::-1], origin[::-1], end[::-1]
+        part = image.crop(origin + end)  # because PIL keeps only 32 bits per side of the box
+        return part.resize(size, Image.Resampling[self.interpolation.name], box)
+
+
+class Prepare(nn.Module):
+    """Convert uint8 images to the model's input: x / 255, - mean, / std, then random erasing in training mode.
+
+    This order gives the same bits as torchvision's ToTensor and Normalize.
+
+    Args:
+        mean, std: three floats each, for pixels in 0..1.
+        reprob, remode, recount: timm's random erasing (arXiv 1708.04896), per image.
+    """
+
+    def __init__(
+        self, mean: Sequence[float], std: Sequence[float], reprob=0.0, remode="pixel", recount=1, device: Any = "cpu"
+    ):
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean, device=device).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std, device=device).view(3, 1, 1))
@@ -213,146 +348,52 @@ class Prepare(nn.Module):
         self.erase = RandomErasing(**erasing) if reprob > 0 else None
 
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) -> float32 (B, 3, H, W)."""
+        """Convert uint8 (B, 3, H, W) to float32 (B, 3, H, W)."""
         images = images.float().div_(255).sub_(self.mean).div_(self.std)
         return self.erase(images) if self.erase and self.training else images
 
 
-class SeededDataset(Dataset):
-    """Seeds Python's, numpy's and torch's CPU generators for each sample, as `samplers.SeededSampler` tells.
+def check_images(dataset: Any, num: int = 32) -> None:
+    """Decode an evenly spaced sample of a data set's image files; raise a BadImageError if one cannot be read."""
+    samples = getattr(dataset, "samples", [])  # GRATINGS and CIFAR have no files
+    for i in range(0, len(samples), max(1, len(samples) // num)):
+        dataset.loader(samples[i][0])
 
-    Args:
-        dataset: map-style data set with random transforms.
-        bad_images: how many unreadable files to replace by the next readable sample before giving up, over the workers
-            of this process.
+
+class SeededDataset(Dataset):
+    """Seed Python's, NumPy's and torch's CPU generators for each sample; keys are (index, seed) of a SeededSampler.
+
+    Up to `bad_images` unreadable files (at most 65,536), over all workers of this process, are replaced by the next
+    readable sample. One more raises a BadImageError.
     """
 
-    def __init__(self, dataset, bad_images=0):
+    def __init__(self, dataset: Dataset, bad_images: int = 0):
         self.dataset = dataset
-        self.allowed = min(bad_images, len(dataset) - 1)  # one has to be left to take their place
-        self.bad = Array("b", len(dataset))  # 1 for each unreadable file met; shared by the workers
+        allowed = min(bad_images, len(dataset) - 1, 2**16)  # leave a sample as replacement
+        self.bad = Array("q", [-1] * allowed)  # indices of unreadable files, shared by the workers
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, int]:
         index, seed = key
         while True:
             random.seed(seed)
-            np.random.seed(seed % 2**32)  # timm draws from numpy's global generator
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would visit every GPU as well
+            np.random.seed(seed % 2**32)  # timm uses numpy's generator
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed GPUs
             try:
                 return self.dataset[index]
             except BadImageError as error:
-                self._replace(index, error)
+                self._count(index, error)
                 index = (index + 1) % len(self.dataset)
 
-    def _replace(self, index, error):
-        """Counts a bad image, once however often it comes."""
+    def _count(self, index, error):
+        """Count a bad image, unless it was counted before."""
         with self.bad.get_lock():
-            if not self.bad[index]:
-                more = self.allowed - bytes(self.bad.get_obj()).count(1) - 1
-                if more < 0:
+            bad = self.bad[:]
+            if index not in bad:
+                left = bad.count(-1) - 1
+                if left < 0:
                     raise error
-                self.bad[index] = 1
-                print(f"warning: {error}; taking the next one, {more} more allowed", flush=True)
-
-
-def build_loader(
-    dataset, sampler, batch_size, num_workers, *, drop_last, pin_memory=False, timeout=0, worker_init_fn=None
-):
-    """A DataLoader of (uint8 images (B, 3, H, W), int64 labels (B,)) whose workers live as long as it does.
-
-    Args:
-        timeout: seconds to wait for a worker's batch before giving up; 0 waits as long as it lives.
-        worker_init_fn: called in each worker with its number, or None.
-    """
-    # Else torch lets the signal of a worker's end raise in whatever line the process has come to, be it a save.
-    # The DataLoader also finds that a worker is gone when it has waited 5 s (or `timeout`) for a batch.
-    signal_handling._SIGCHLD_handler_set = True
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        sampler=sampler,
-        num_workers=num_workers,
-        collate_fn=fast_collate,
-        pin_memory=pin_memory,
-        drop_last=drop_last,
-        persistent_workers=num_workers > 0,
-        timeout=timeout if num_workers > 0 else 0,
-        multiprocessing_context="fork" if num_workers > 0 else None,  # the workers know their parent by its number
-        worker_init_fn=worker_init_fn,
-    )
-
-
-def load_batch(dataset, indices) -> Tensor:
-    """The images of these samples, read here and now: uint8 (B, 3, H, W)."""
-    return fast_collate([dataset[i] for i in indices])[0]
-
-
-GRATINGS_SIZES = {"train": 6000, "val": 3000}
-_COSINE = np.array([round(256 * math.cos(2 * math.pi * k / 1024)) for k in range(1024)])
-
-
-class Gratings(Dataset):
-    """Embedded data set: colour images of a grating whose orientation and spatial frequency are the class.
-
-    Six orientations times four frequencies. Phase, colours and contrast are random, orientation and frequency jitter
-    about their class's, and a second, weaker grating, a disc and noise distract; so some images lie between classes.
-    An image is a function of (split, index) alone, in integer arithmetic on raw random bits, so that it is the same on
-    every machine and under every version of numpy.
-
-    Args:
-        split: "train" or "val".
-        num_images: length of the data set; the first n images are the same for every length.
-        image_size: side of the images, pixels.
-        transform: RGB PIL image -> anything.
-    """
-
-    ORIENTATIONS = 6  # over half a turn
-    FREQUENCIES = (2.0, 3.0, 4.5, 6.75)  # cycles an image
-    JITTER = 0.45  # of orientation and frequency, largest, in steps between classes
-    DISTRACTOR = 0.9  # largest amplitude of the second grating, as a part of the first's
-    NOISE = 90  # largest deviation of the noise, grey levels
-
-    def __init__(self, split, num_images, image_size=32, transform=None):
-        self.split = ("train", "val").index(split)
-        self.num_images, self.image_size, self.transform = num_images, image_size, transform
-        degrees = [180 * o // self.ORIENTATIONS for o in range(self.ORIENTATIONS)]
-        self.classes = [f"orientation {o}, frequency {f:g}" for o in degrees for f in self.FREQUENCIES]
-        self._y, self._x = np.mgrid[:image_size, :image_size]
-
-    def __len__(self):
-        return self.num_images
-
-    def __getitem__(self, index):
-        label = index % len(self.classes)
-        image = Image.fromarray(self.pixels(index, label))
-        return (self.transform(image) if self.transform else image), label
-
-    def pixels(self, index, label):
-        """uint8 (image_size, image_size, 3)."""
-        size = self.image_size
-        bits = np.random.PCG64(np.random.SeedSequence((self.split, index))).random_raw(20 + 3 * size * size // 4)
-        bits = bits.astype("<u8")  # bytes in one order on every machine
-        u = [int(word) / 2**64 for word in bits[:20]]
-        orientation, frequency = divmod(label, len(self.FREQUENCIES))
-        wave = self._wave(orientation + self.JITTER * (2 * u[0] - 1), frequency + self.JITTER * (2 * u[1] - 1), u[2])
-        other = self._wave(self.ORIENTATIONS * u[3], (len(self.FREQUENCIES) - 1) * u[4], u[5])
-        wave = wave * 256 + other * int(256 * self.DISTRACTOR * u[6])
-        contrast = 0.15 + 0.25 * u[7]
-        direction = np.array([round(255 * contrast * (0.4 + 0.6 * v)) for v in u[8:11]])
-        background = np.array([round(70 + 115 * v) for v in u[11:14]])
-        image = background + (wave[..., None] * direction >> 16)
-        radius = size * (0.08 + 0.12 * u[14])
-        disc = (self._x - int(size * u[15])) ** 2 + (self._y - int(size * u[16])) ** 2 < int(radius * radius)
-        image[disc] = [round(255 * v) for v in u[17:20]]
-        noise = bits[20:].view(np.uint8)[: 6 * size * size].reshape(2, size, size, 3).astype(np.int64).sum(axis=0) - 255
-        return np.clip(image + (noise * self.NOISE >> 8), 0, 255).astype(np.uint8)
-
-    def _wave(self, orientation, frequency, phase):
-        """256 cos(2 pi (f . x + phase)) on the grid; orientation and frequency in steps between classes."""
-        angle = math.pi * orientation / self.ORIENTATIONS
-        cycles = self.FREQUENCIES[0] * (self.FREQUENCIES[1] / self.FREQUENCIES[0]) ** frequency
-        step_x, step_y = (round(2**16 * cycles * part / self.image_size) for part in (math.cos(angle), math.sin(angle)))
-        return _COSINE[(self._x * step_x + self._y * step_y + int(2**16 * phase) >> 6) % 1024]
+                self.bad[len(bad) - left - 1] = index
+                log(f"warning: {error}; using the next one, {left} more allowed", every_rank=True)

@@ -1,53 +1,68 @@
-"""The training loss: cross-entropy, distillation of the logits, and the feature term, as named terms."""
+"""The training loss: cross-entropy, logit distillation and the feature loss, as named terms."""
+
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spectral import FeatureHooks, spectral_loss
+from spectral import FeatureHooks, closed_spectral_loss, spectral_loss
 
 TERMS = ("loss_base", "loss_fft", "loss_dist")
 
 
 class FrozenTeacher:
-    """A model in eval mode without gradients that gives its logits and the maps of its blocks.
+    """A model in eval mode, without gradients, that returns its logits and feature maps.
 
-    Not an nn.Module, so that a loss holding one has no parameters and no checkpoint ever contains it.
+    It is not an nn.Module, so its parameters are not among those of the loss, nor in checkpoints.
 
     Args:
         model: a timm model, on its device.
-        ids: block ids whose maps are wanted (`spectral.FeatureHooks`).
-        scale, shift: tensors (3, 1, 1) that take images normalised for the student to the teacher's normalisation,
-            x * scale + shift; None where both agree.
+        ids: ids of the blocks whose maps to return (`spectral.FeatureHooks`).
+        scale, shift: from `renormalization`; None if student and teacher take the same images.
+        size: side in pixels to which images are resized; None to leave them as they are.
+        classes: the model's outputs to return as logits, in this order; None for all.
     """
 
-    def __init__(self, model: nn.Module, ids=(), scale: Tensor | None = None, shift: Tensor | None = None):
+    def __init__(self, model: nn.Module, ids: Iterable[int] = (), scale=None, shift=None, size=None, classes=None):
         self.model = model.eval().requires_grad_(False)
         self.hooks = FeatureHooks(model, ids)
-        self.scale, self.shift = scale, shift
+        self.scale, self.shift, self.size = scale, shift, size
+        device = next(model.parameters()).device
+        self.classes = None if classes is None else torch.tensor(classes, device=device)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """images (B, 3, H, W) -> logits (B, classes), list of maps (B, C, H, W)."""
-        if self.scale is not None:
-            images = images * self.scale + self.shift
-        return self.model(images), self.hooks.pop()
+        """Return logits (B, classes) and a list of maps (B, C, H, W) for images (B, 3, H, W)."""
+        logits = self.model(self.prepare(images))
+        return logits if self.classes is None else logits[:, self.classes], self.hooks.pop()
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Resize and renormalize the student's images (B, 3, H, W) for the teacher."""
+        if self.size is not None and images.shape[-1] != self.size:
+            images = F.interpolate(images, size=(self.size, self.size), mode="bicubic", antialias=True)
+        return images if self.scale is None else images * self.scale + self.shift
 
 
-def renormalisation(student, teacher, device):
-    """(scale, shift) for `FrozenTeacher` from both models' (mean, std), three floats each; Nones if they agree."""
+def renormalization(
+    student: Sequence[Sequence[float]], teacher: Sequence[Sequence[float]], device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return (scale, shift), each (3, 1, 1): x * scale + shift converts the student's images to the teacher's.
+
+    `student` and `teacher` are each model's (mean, std) for its images. Return (None, None) if they are equal.
+    """
     if student == teacher:
         return None, None
-    (mean, std), (own_mean, own_std) = (
+    (mean, std), (teacher_mean, teacher_std) = (
         [torch.tensor(value, device=device).view(3, 1, 1) for value in values] for values in (student, teacher)
     )
-    return std / own_std, (mean - own_mean) / own_std
+    return std / teacher_std, (mean - teacher_mean) / teacher_std
 
 
 def soft_distillation(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
-    """tau^2 KL(teacher || student) of logits (B, classes) softened by tau: summed over classes, averaged over images.
+    """Return tau^2 KL(teacher || student) of logits (B, classes) divided by tau: summed over classes, mean over images.
 
-    DeiT divides by the number of classes as well, so its alpha weighs this term `classes` times less.
+    DeiT also divides by the number of classes, which gives this term less weight for the same alpha.
     """
     student = F.log_softmax(student.float() / tau, dim=1)
     teacher = F.log_softmax(teacher.float() / tau, dim=1)
@@ -55,68 +70,81 @@ def soft_distillation(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
 
 
 def hard_distillation(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
-    """Cross-entropy of student logits (B, classes) against the teacher's own decisions; `tau` does not enter."""
-    return F.cross_entropy(student.float(), teacher.argmax(dim=1))
+    """Return the cross-entropy of student logits (B, classes) with the teacher's argmax; `tau` is not used."""
+    # The argmax of NaN is a valid class. Adding 0 x teacher makes the loss NaN if a logit is not finite.
+    return F.cross_entropy(student.float(), teacher.argmax(dim=1)) + (0 * teacher).sum()
 
 
-class DistillationLoss:
-    """Total loss of a training step as a dict of terms whose `loss` is the sum of the others.
+class DistillationLoss(nn.Module):
+    """The training loss as a dict of terms; `loss` is the sum of the others.
 
     | kind | loss |
     |---|---|
-    | none | base |
-    | soft | (1 - alpha) base + alpha tau^2 KL + beta w_fft mean of the pairs' feature losses |
-    | hard | (1 - alpha) base + alpha cross-entropy with the teacher's argmax + the same feature term |
-    | fft | (1 - alpha) base + the same feature term |
+    | none | CE |
+    | soft | (1 - alpha) CE + alpha tau^2 KL + beta w_fft (mean of the feature loss over pairs) |
+    | hard | (1 - alpha) CE + alpha CE with the teacher's argmax + the same feature term |
+    | fft | (1 - alpha) CE + the same feature term |
+
+    Its only parameters are those of `base_criterion` and `feature_loss`: by default none.
 
     Args:
-        base_criterion: (logits, labels) -> scalar.
+        base_criterion: CE above; (logits, labels) -> scalar.
         kind: none, soft, hard or fft.
-        teacher: images -> (logits, maps), run without gradients; None only for kind none.
+        teacher: images -> (logits, maps), without gradients and not an nn.Module; None for kind none.
         alpha, tau, beta, w_fft: the weights above and the temperature.
-        feature_loss: (student map, teacher map) -> scalar, of one pair.
+        feature_loss: (student map, teacher map) -> scalar for one pair, or an nn.ModuleList with one loss per pair.
     """
 
     def __init__(
         self,
-        base_criterion,
-        kind="none",
-        teacher=None,
-        alpha=0.5,
-        tau=1.0,
-        beta=1.0,
-        w_fft=0.2,
-        feature_loss=spectral_loss,
+        base_criterion: Callable[[Tensor, Tensor], Tensor],
+        kind: str = "none",
+        teacher: Callable[[Tensor], tuple[Tensor, list[Tensor]]] | None = None,
+        alpha: float = 0.5,
+        tau: float = 1.0,
+        beta: float = 1.0,
+        w_fft: float = 0.2,
+        feature_loss: Callable[[Tensor, Tensor], Tensor] | nn.ModuleList = closed_spectral_loss,
     ):
+        super().__init__()
         self.base_criterion = base_criterion
         self.teacher = teacher
         self.tau = tau
-        self.feature_loss = feature_loss
+        self.feature_loss, self.per_pair = feature_loss, isinstance(feature_loss, nn.ModuleList)
         self.logit_loss = {"soft": soft_distillation, "hard": hard_distillation}.get(kind)
         self.base_weight = 1.0 if kind == "none" else 1.0 - alpha
         self.logit_weight = alpha
         self.feature_weight = beta * w_fft
 
-    def __call__(self, images: Tensor, outputs, features: list[Tensor], labels: Tensor) -> dict[str, Tensor]:
-        """Computes the terms, each after its weight; a term that the kind does not have is zero.
+    def forward(self, images: Tensor, outputs, features: list[Tensor], labels: Tensor) -> dict[str, Tensor]:
+        """Return {"loss", "loss_base", "loss_fft", "loss_dist"}: weighted float32 scalars, 0 for terms not in use.
 
         Args:
             images: (B, 3, H, W), as the student saw them.
             outputs: the student's logits (B, classes), or a pair (class head, distillation head) of them.
-            features: the student's maps, one for each map of the teacher.
+            features: the student's maps, one per map of the teacher.
             labels: (B,) int64, or (B, classes) probabilities.
-
-        Returns:
-            {"loss", "loss_base", "loss_fft", "loss_dist"}: float32 scalars.
         """
         class_logits, distillation_logits = outputs if isinstance(outputs, tuple) else (outputs, outputs)
         terms = dict.fromkeys(TERMS, class_logits.new_zeros((), dtype=torch.float32))
         terms["loss_base"] = self.base_weight * self.base_criterion(class_logits.float(), labels)
         if self.teacher is not None:
-            teacher_logits, teacher_features = self.teacher(images)
+            logits, teacher_features = self.teacher(images)
             if self.logit_loss is not None:
-                terms["loss_dist"] = self.logit_weight * self.logit_loss(distillation_logits, teacher_logits, self.tau)
+                terms["loss_dist"] = self.logit_weight * self.logit_loss(distillation_logits, logits, self.tau)
             if teacher_features:
-                pairs = [self.feature_loss(s, t) for s, t in zip(features, teacher_features, strict=True)]
-                terms["loss_fft"] = self.feature_weight * torch.stack(pairs).mean()
+                terms["loss_fft"] = self.feature_weight * self.feature_term(features, teacher_features)
         return {"loss": sum(terms.values()), **terms}
+
+    def feature_term(self, features: list[Tensor], teacher_features: list[Tensor]) -> Tensor:
+        """Return the mean of the feature loss over pairs of maps (B, C, H, W)."""
+        losses = self.feature_loss if self.per_pair else [self.feature_loss] * len(features)
+        pairs = [loss(s, t) for loss, s, t in zip(losses, features, teacher_features, strict=True)]
+        return torch.stack(pairs).mean()
+
+    def compile(self, feature_loss: bool = False) -> None:  # type: ignore[override]
+        """Compile the teacher, and the feature loss if asked; torch.compile cannot compile complex numbers."""
+        if self.teacher is not None:
+            self.teacher.model = torch.compile(self.teacher.model, dynamic=False)  # type: ignore[attr-defined]
+        if feature_loss and not self.per_pair and self.feature_loss is not spectral_loss:
+            self.feature_loss = torch.compile(self.feature_loss, dynamic=False)  # type: ignore[arg-type]

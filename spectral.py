@@ -1,158 +1,37 @@
-"""The paper's method: feature maps of chosen blocks, and the loss between their two-dimensional spectra.
+"""The paper: match the 2-D spectra of a student's and a teacher's feature maps, block by block.
 
-Legend, used throughout: B images, C channels, an H x W grid of patch tokens, K = W // 2 + 1 columns of the half
-spectrum, N tokens a block hands on (class and distillation tokens included).
+With F_s and F_t the maps of one pair of blocks, the spectral loss is
 
-Source: Tian, Xu, Li, Pan, "SpectralKD", arXiv 2412.19055.
+    D = rfft2(F_s) - rfft2(F_t) = rfft2(F_s - F_t)       orthonormal, complex (B, C, H, K)
+    L = sum of (Re D)^2 + (Im D)^2 over D / (2 B C H K)
+
+and the feature loss of a model is the mean of L over its pairs. Symbols used throughout: B images, C channels, an
+H x W grid of patch tokens, K = W // 2 + 1 columns of the half spectrum, N tokens (prefix tokens included).
+
+Source: Tian, Xu, Li and Pan, "SpectralKD", arXiv 2412.19055. This file has the loss, the hooks that capture
+feature maps, and the spectral analysis by which the paper chooses its blocks.
 """
 
 import functools
 import math
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-
-class FeatureHooks:
-    """Captures the outputs of blocks of a timm model as maps, without touching its `forward` or state-dict keys.
-
-    An id is an index into `model.feature_info`, where timm names the module of every block (ViT, DeiT, CaiT) or stage
-    (Swin, convolutional networks). Build it before DistributedDataParallel and torch.compile; it then sees each
-    forward of `model`, whoever calls it.
-
-    Args:
-        model: a timm model.
-        ids: block ids, in the order in which `pop` returns the maps. An id may be repeated.
-
-    Raises:
-        ValueError: the model does not say where its blocks are, or an id is out of range.
-        RuntimeError: in the forward, where a block's output is no map of the channels that `feature_info` says.
-    """
-
-    def __init__(self, model: nn.Module, ids=()):
-        self.ids = list(ids)
-        self._channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
-        self._image_size = None
-        self._maps = {}
-        self._handles = []
-        if not self.ids:
-            return
-        blocks = describe_blocks(model)
-        for i in sorted(set(self.ids)):
-            if not 0 <= i < len(blocks):
-                raise ValueError(f"block id {i} is out of range: {type(model).__name__} has ids 0..{len(blocks) - 1}")
-        self._handles.append(model.register_forward_pre_hook(self._begin))
-        for i in sorted(set(self.ids)):
-            name = blocks[i]["module"]
-            try:
-                module = model.get_submodule(name)
-            except AttributeError:
-                raise ValueError(f"{type(model).__name__} has no {name}, which its feature_info names") from None
-            self._handles.append(module.register_forward_hook(self._capture_for(i, blocks[i])))
-
-    def _begin(self, model, inputs):
-        self._maps.clear()
-        self._image_size = inputs[0].shape[-2:]
-
-    def _capture_for(self, i, block):
-        def capture(module, inputs, output):
-            if not torch.is_tensor(output) or output.ndim not in (3, 4):
-                raise RuntimeError(f"the output of {block['module']} is no map of tokens")
-            self._maps[i] = self._as_map(output, block["reduction"])
-            if self._maps[i].shape[1] != block["num_chs"]:
-                raise RuntimeError(f"the output of {block['module']} has not the channels that feature_info says")
-
-        return capture
-
-    def _as_map(self, output: Tensor, reduction: int) -> Tensor:
-        if output.ndim == 4:
-            return output.permute(0, 3, 1, 2) if self._channels_last else output
-        # Tokens (B, N, C). timm's num_prefix_tokens is wrong for CaiT, so the prefix is whatever the grid leaves over.
-        if any(size % reduction for size in self._image_size):
-            raise RuntimeError(
-                f"images of {tuple(self._image_size)} pixels are no whole number of {reduction} pixel patches"
-            )
-        height, width = (size // reduction for size in self._image_size)
-        return output[:, output.shape[1] - height * width :].transpose(1, 2).unflatten(2, (height, width))
-
-    def pop(self) -> list[Tensor]:
-        """Returns the maps of the latest forward, one (B, C, H, W) view per id in the order asked, and forgets them.
-
-        Raises:
-            RuntimeError: there was no forward since the last call.
-        """
-        missing = [i for i in self.ids if i not in self._maps]
-        if missing:
-            raise RuntimeError(f"no map of blocks {missing}: it has not run since the last pop(), or bypasses them")
-        maps = [self._maps[i] for i in self.ids]
-        self._maps.clear()
-        return maps
-
-    def remove(self) -> None:
-        """Takes the hooks off the model."""
-        while self._handles:
-            self._handles.pop().remove()
-        self._maps.clear()
-
-
-def describe_blocks(model: nn.Module) -> list[dict]:
-    """Returns timm's description of every block: a list of {"module": name, "num_chs": C, "reduction": stride}.
-
-    Raises:
-        ValueError: the model carries no such description.
-    """
-    info = getattr(model, "feature_info", None)
-    blocks = list(info) if isinstance(info, (list, tuple)) else list(getattr(info, "info", ()))
-    if not blocks or not all("module" in block and block.get("reduction") for block in blocks):
-        raise ValueError(
-            f"{type(model).__name__} has no feature_info, so its blocks cannot be numbered: use a timm model"
-        )
-    return blocks
-
-
-def align(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Brings two maps (B, C, H, W) to one shape, in float32 (float64 stays what it is).
-
-    Adaptive average pooling takes the wider map to the narrower width and the finer grid to the coarser; equal
-    dimensions are left alone. float32 also inside autocast, because cuFFT has half precision for powers of two only.
-
-    Raises:
-        ValueError: the maps hold different numbers of images.
-    """
-    shape = _common_shape(student, teacher)
-    return _pool(student, shape), _pool(teacher, shape)
-
-
-def _common_shape(student: Tensor, teacher: Tensor) -> tuple[int, int, int]:
-    if student.shape[0] != teacher.shape[0]:
-        raise ValueError(f"student and teacher maps hold {student.shape[0]} and {teacher.shape[0]} images")
-    return tuple(min(s, t) for s, t in zip(student.shape[1:], teacher.shape[1:], strict=True))
-
-
-def _pool(x: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """Adaptive average pooling of (B, C, H, W) to `shape`, in float32 or float64."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    for dim, size in enumerate(shape, 1):
-        window, rest = divmod(x.shape[dim], size)
-        if window > 1 and not rest:  # as a sum of slices it takes any layout as it is, and a quarter of the time
-            slices = x.unflatten(dim, (size, window)).unbind(dim + 1)
-            x = functools.reduce(torch.add, (part.to(dtype) for part in slices)) / window
-    x = x.to(dtype)
-    return x if x.shape[1:] == shape else F.adaptive_avg_pool3d(x.unsqueeze(1), shape).squeeze(1)
+# Loss
 
 
 def spectral_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference of two maps' half spectra, method equation of arXiv 2412.19055.
+    """Return the spectral loss of one pair of maps by its definition, with one transform since rfft2 is linear.
 
-    D = rfft2(student - teacher), orthonormal: the transform is linear, so one of the difference is enough. The loss is
-    the mean of (Re D)^2 and (Im D)^2 over all 2 B C H K numbers. Because the orthonormal transform keeps energy, this
-    is feature MSE with weight W / 4K plus a penalty on the means of each row's even and of its odd columns (of the
-    whole row where W is odd). `closed_spectral_loss` is the same number for a fraction of the work.
+    An orthonormal transform preserves energy, so this is feature MSE with weight W / 4K plus a penalty on the mean of
+    each row (for even W, on the means of its even and of its odd columns). `closed_spectral_loss` computes it that way.
 
     Args:
-        student, teacher: maps (B, C, H, W) of any floating dtype; differing C, H, W are pooled by `align`.
+        student, teacher: maps (B, C, H, W) of any floating dtype; `align` pools them where their shapes differ.
 
     Returns:
         A float32 scalar.
@@ -163,26 +42,24 @@ def spectral_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def closed_spectral_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """`spectral_loss` without a transform; same arguments, result and gradient, and closer to the exact value.
+    """Return `spectral_loss`, with the same gradient, without a transform: faster and closer to the exact value.
 
-    The orthonormal transform keeps energy, and the half spectrum holds each mirrored pair of columns once but the
-    self-mirrored columns (0, and W / 2 where W is even) whole. Let d = student - teacher, and P d its mean over the
-    columns of the same parity, over all columns where W is odd. Then
+    The full spectrum of d = F_s - F_t has the energy |d|^2. The half spectrum holds half of it, plus half the energy of
+    the self-mirrored columns 0 and (for even W) W / 2. Their part of d is P d: each row averaged over its columns, for
+    even W over its even and its odd columns separately. Hence
 
         L = (|d|^2 + |P d|^2) / (4 B C H K)      dL/dd = (d + P d) / (2 B C H K)
 
-    The maps are read where they lie, whatever their layout, and the gradient is the only further map in memory.
+    The maps may have any memory layout. The gradient is the only other tensor of their size in memory.
     """
     shape = _common_shape(student, teacher)
-    # A teacher without gradient is pooled piece by piece inside; whatever needs a gradient is pooled where one is kept.
+    # Without a gradient the teacher is pooled piece by piece inside; with one, autograd has to see the pooling.
     teacher = _pool(teacher, shape) if teacher.requires_grad else teacher
     return _ClosedForm.apply(_pool(student, shape) if student.shape[1:] != shape else student, teacher)
 
 
 class _ClosedForm(torch.autograd.Function):
-    """Value and gradient of `closed_spectral_loss` in one go; the backward pass only scales the gradient, in place."""
-
-    PIECES = 8  # of the batch, one at a time: temporaries are small and stay in the cache; compiled code has none
+    """Compute value and gradient of `closed_spectral_loss` together; the backward pass scales the gradient in place."""
 
     @staticmethod
     def forward(ctx, student, teacher):
@@ -192,11 +69,12 @@ class _ClosedForm(torch.autograd.Function):
         columns = width // parities
         gradient = torch.empty_like(student, dtype=torch.promote_types(student.dtype, torch.float32))
         total = gradient.new_zeros(())
-        size = batch if torch.compiler.is_compiling() else math.ceil(batch / _ClosedForm.PIECES)
-        for start in range(0, batch, size):
-            d = gradient[start : start + size]
-            d.copy_(student[start : start + size]).sub_(_pool(teacher[start : start + size], tuple(shape)))
-            # Channels last: tokens and NHWC maps lie so in memory, and sums over columns then run along channels.
+        # Eager CPU code takes an eighth of the batch at a time to stay in the cache. Compiled code has no temporaries,
+        # and on a GPU the eightfold kernel launches would cost more than the traffic they save.
+        size = batch if torch.compiler.is_compiling() or student.is_cuda else math.ceil(batch / 8)
+        for d, s, t in zip(*(x.split(size) for x in (gradient, student, teacher)), strict=True):
+            d.copy_(s).sub_(_pool(t, tuple(shape)))
+            # Token maps and NHWC maps are channels-last in memory: sums over columns then run along channels.
             by_parity = d.permute(0, 2, 3, 1).unflatten(2, (columns, parities))
             mean = by_parity.sum(dim=2, keepdim=True) / columns
             # Not a dot product or a norm, which lose digits on a CPU.
@@ -210,7 +88,7 @@ class _ClosedForm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output):
         if ctx.gradient is None:
-            raise RuntimeError("the closed form of the spectral loss can be differentiated once: its gradient is spent")
+            raise RuntimeError("closed_spectral_loss can be differentiated only once: it reuses its gradient's memory")
         gradient, ctx.gradient = ctx.gradient, None
         gradient *= grad_output * ctx.scale
         student_dtype, teacher_dtype = ctx.dtypes
@@ -218,29 +96,176 @@ class _ClosedForm(torch.autograd.Function):
 
 
 def mse_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """The spatial twin of `spectral_loss`: feature MSE with the weight W / 4K that it has inside the spectral loss.
-
-    Same arguments and result as `spectral_loss`, of which it leaves out only the penalty on means within rows.
-    """
+    """Return the MSE baseline: `spectral_loss` without its penalty on row means, i.e. feature MSE times W / 4K."""
     student, teacher = align(student, teacher)
     width = student.shape[-1]
     return (student - teacher).square().mean() * (width / (4 * (width // 2 + 1)))
 
 
-SPECTRAL_LOSSES = {"fft": spectral_loss, "closed": closed_spectral_loss}  # one number, by two ways
-FEATURE_LOSSES = {**SPECTRAL_LOSSES, "mse": mse_loss}
+SPECTRAL_IMPLEMENTATIONS: dict[str, Callable] = {"closed": closed_spectral_loss, "fft": spectral_loss}  # same value
+
+
+def align(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Pool two maps (B, C, H, W) to the smaller of their sizes in each dimension C, H and W.
+
+    The result is float32 (float64 if an input is), under autocast too: cuFFT has half precision only for powers of 2.
+
+    Raises:
+        ValueError: the batch sizes differ.
+    """
+    shape = _common_shape(student, teacher)
+    return _pool(student, shape), _pool(teacher, shape)
+
+
+def _common_shape(student: Tensor, teacher: Tensor) -> tuple[int, ...]:
+    if student.shape[0] != teacher.shape[0]:
+        raise ValueError(f"the student's maps hold {student.shape[0]} images and the teacher's {teacher.shape[0]}")
+    return tuple(min(s, t) for s, t in zip(student.shape[1:], teacher.shape[1:], strict=True))
+
+
+def _pool(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Apply adaptive average pooling over C, H and W to a map (B, C, H, W), in float32 or float64."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    for dim, size in enumerate(shape, 1):
+        window, rest = divmod(x.shape[dim], size)
+        if window > 1 and not rest:  # a sum of slices works in any memory layout, in a quarter of the time
+            slices = x.unflatten(dim, (size, window)).unbind(dim + 1)
+            x = functools.reduce(torch.add, (part.to(dtype) for part in slices)) / window
+    x = x.to(dtype)
+    return x if x.shape[1:] == shape else F.adaptive_avg_pool3d(x.unsqueeze(1), shape).squeeze(1)
+
+
+# Feature maps
+
+
+class FeatureHooks:
+    """Capture block outputs of a timm model as maps, without changing its `forward` or its state-dict keys.
+
+    A block id is an index into `model.feature_info`, where timm names the module of every block (ViT, DeiT, CaiT) or
+    stage (Swin, convolutional networks). Create the hooks before DistributedDataParallel and torch.compile.
+
+    Args:
+        model: a timm model.
+        ids: block ids, in the order in which `pop` returns their maps; repeats are allowed.
+
+    Raises:
+        ValueError: here or in the model's forward, for a block that has no map; the message says why.
+    """
+
+    def __init__(self, model: nn.Module, ids: Iterable[int] = ()):
+        self.ids = list(ids)
+        self._channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
+        self._image_size: tuple[int, int] | None = None
+        self._maps: dict[int, Tensor] | None = None
+        self._handles: list = []
+        if not self.ids:
+            return
+        name, blocks, modules = type(model).__name__, describe_blocks(model), dict(model.named_modules())
+        modules.pop("")  # the model itself, which TResNet names as a block
+        if model.training and not isinstance(getattr(model, "patch_drop", None), (nn.Identity, type(None))):
+            raise ValueError(f"{name} drops tokens in training, so its blocks have no maps: set patch_drop_rate to 0")
+        for i in self.ids:
+            if not 0 <= i < len(blocks):
+                raise ValueError(f"block id {i} is out of range: {name} has ids 0..{len(blocks) - 1}")
+            if blocks[i]["module"] not in modules:
+                raise ValueError(f"block {i} of {name} has no map: there is no module {blocks[i]['module']!r}")
+        self._names = {i: f"block {i} ({blocks[i]['module']}) of {name}" for i in self.ids}
+        self._handles.append(model.register_forward_pre_hook(self._begin))
+        for i in set(self.ids):
+            hook = functools.partial(self._capture, i, blocks[i])
+            self._handles.append(modules[blocks[i]["module"]].register_forward_hook(hook))
+
+    def _begin(self, model, inputs):
+        self._maps, self._image_size = {}, inputs[0].shape[-2:]
+
+    def _capture(self, i, block, module, inputs, output):
+        if self._maps is None:  # the blocks run outside `forward`, e.g. in forward_intermediates
+            return
+        has_no_map, channels = f"{self._names[i]} has no map: it returns", block["num_chs"]
+        if not torch.is_tensor(output) or output.ndim not in (3, 4):
+            found = f"{output.ndim} dimensions" if torch.is_tensor(output) else f"a {type(output).__name__}"
+            raise ValueError(f"{has_no_map} {found}, not (B, N, C) or (B, C, H, W)")
+        if output.ndim == 3:
+            height, width = (math.ceil(size / block["reduction"]) for size in self._image_size)
+            prefix = output.shape[1] - height * width  # timm's num_prefix_tokens is wrong for CaiT
+            if prefix < 0:
+                raise ValueError(f"{has_no_map} {output.shape[1]} tokens for a {height} x {width} grid")
+            output = output[:, prefix:].transpose(1, 2).unflatten(2, (height, width))
+        elif self._channels_last or output.shape[1] != channels:
+            output = output.permute(0, 3, 1, 2)
+        if output.shape[1] != channels:
+            raise ValueError(f"{has_no_map} {output.shape[1]} channels, but its feature_info says {channels}")
+        self._maps[i] = output
+
+    def pop(self) -> list[Tensor]:
+        """Return the maps of the latest forward pass and forget them: one (B, C, H, W) view per id, in order.
+
+        Raises:
+            RuntimeError: there was no forward pass since the last call.
+        """
+        if self.ids and self._maps is None:
+            raise RuntimeError("no maps: there was no forward pass since the last pop()")
+        maps, self._maps = self._maps, None
+        for i in self.ids:
+            if i not in maps:
+                raise ValueError(f"{self._names[i]} has no map: the model's forward does not call this module")
+        return [maps[i] for i in self.ids]
+
+    def remove(self) -> None:
+        """Remove the hooks from the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._maps = [], None
+
+
+@torch.no_grad()
+def check_raster_order(model: nn.Module, images: Tensor, ids: Iterable[int]) -> None:
+    """Raise a ValueError if a block has no map, or not the map that timm's `forward_intermediates` returns for it.
+
+    Hooks assume that patch tokens are in raster order (row by row); Hiera, for example, uses another order. `images`
+    (B, 3, H, W) should be random, since equal patches hide their order. The model runs twice, in eval mode.
+    """
+    ids, training = sorted(set(ids)), model.training
+    hooks = FeatureHooks(model.eval(), ids)
+    try:
+        model(images)
+        maps = hooks.pop()
+        if not ids or not hasattr(model, "forward_intermediates"):
+            return
+        # Compare with all: some timm versions also return the stem's output, which is not in feature_info.
+        expected = model.forward_intermediates(images, output_fmt="NCHW", intermediates_only=True)
+    finally:
+        hooks.remove()
+        model.train(training)
+    for i, got in zip(ids, maps, strict=True):
+        if all(got.shape != own.shape or (got - own).norm() > 0.01 * own.norm() for own in expected):
+            found = "its output differs from timm's forward_intermediates (tokens not in raster order)"
+            raise ValueError(f"block {i} of {type(model).__name__} has no map: {found}")
+
+
+def describe_blocks(model: nn.Module) -> list[dict]:
+    """Return timm's description of every block: a list of {"module": name, "num_chs": C, "reduction": stride}.
+
+    Raises:
+        ValueError: the model has no such description.
+    """
+    info = getattr(model, "feature_info", None)
+    blocks = list(info) if isinstance(info, (list, tuple)) else list(getattr(info, "info", ()))
+    if not blocks or not all("module" in block and block.get("reduction") for block in blocks):
+        raise ValueError(
+            f"{type(model).__name__} has no map of any block: timm gives it no feature_info that names blocks"
+        )
+    return blocks
+
+
+# Spectral analysis
 
 
 def layerwise_spectrum(maps: Tensor) -> Tensor:
-    """How strong each frequency along the channels is: |FFT along C| / C, averaged over images and grid.
+    """Return |FFT along C| / C, averaged over images and grid: the magnitude of each frequency along the channels.
 
-    The order of channels means nothing to a network, so neither does a single frequency; read the level, not the shape.
-
-    Args:
-        maps: (B, C, H, W) of any floating dtype.
-
-    Returns:
-        S, float64 (C,), in the unit of the features. Bin k is k / C cycles per channel, and bins k and C - k are equal.
+    `maps` is (B, C, H, W); the result is float64 (C,), in units of the features. Bin k is k / C cycles per channel;
+    bins k and C - k are equal. Channels have no natural order, so the level is informative and the shape is not.
     """
     channels = maps.shape[1]
     half = torch.fft.rfft(_at_least_float32(maps), dim=1).abs().mean(dim=(0, 2, 3), dtype=torch.float64) / channels
@@ -248,13 +273,10 @@ def layerwise_spectrum(maps: Tensor) -> Tensor:
 
 
 def power_spectrum(maps: Tensor) -> Tensor:
-    """Power of each frequency over the grid: |FFT over H, W|^2, orthonormal, averaged over images and channels.
+    """Return |FFT over H and W|^2, orthonormal, averaged over images and channels: the power of each grid frequency.
 
-    Args:
-        maps: (B, C, H, W) of any floating dtype.
-
-    Returns:
-        float64 (H, W), in the squared unit of the features, DC first. Its mean is the mean square of the maps.
+    `maps` is (B, C, H, W); the result is float64 (H, W), in squared units of the features, DC first. Its mean is the
+    mean square of the maps.
     """
     spectrum = torch.fft.fft2(_at_least_float32(maps), norm="ortho")
     return torch.view_as_real(spectrum).square().sum(dim=-1).mean(dim=(0, 1), dtype=torch.float64)
@@ -265,15 +287,10 @@ def _at_least_float32(maps: Tensor) -> Tensor:
 
 
 def radial_average(power: Tensor) -> tuple[Tensor, Tensor]:
-    """Averages a plane of frequencies over its rings.
+    """Average a plane of frequencies over rings 1 / min(H, W) wide: the first is DC, the last are the corners past 0.5.
 
-    A ring is 1 / min(H, W) wide, the first one holds DC alone, and the last ones are the corners past 0.5.
-
-    Args:
-        power: (H, W), DC first, as `power_spectrum` gives it.
-
-    Returns:
-        Radius of each ring in cycles per token, and the mean of its bins: both float64 (R,), on the CPU.
+    `power` is (H, W), from `power_spectrum`. Return the radius of each ring in cycles per token and the mean of its
+    bins, both float64 (R,) on the CPU.
     """
     power = power.double().cpu()
     height, width = power.shape
@@ -285,12 +302,9 @@ def radial_average(power: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class SpectralProfile:
-    """The analysis of one block, averaged over any number of images in constant memory.
+    """The spectral analysis of one block, averaged over any number of images in constant memory.
 
-    Every image counts alike, however they come in batches.
-
-    Args:
-        seed: seeds the permutation of channels that the shuffled control uses; it is the same for all images.
+    `seed` seeds the channel permutation that the shuffled control applies to all images.
     """
 
     def __init__(self, seed: int = 0):
@@ -299,7 +313,7 @@ class SpectralProfile:
         self._order, self._sums = None, {}
 
     def add(self, maps: Tensor) -> None:
-        """Takes the maps (B, C, H, W) of further images."""
+        """Add the maps (B, C, H, W) of more images; every image has the same weight, in a batch of any size."""
         if self._order is None:
             self.shape = tuple(maps.shape[1:])
             generator = torch.Generator().manual_seed(self.seed)
@@ -314,15 +328,15 @@ class SpectralProfile:
         self.num_images += len(maps)
 
     def result(self) -> dict[str, Tensor]:
-        """Returns float64 tensors on the CPU, in the unit of the features unless said otherwise.
+        """Return float64 tensors on the CPU, in units of the features unless noted.
 
-        intensity: mean of the layer-wise spectrum over its C bins. By Parseval at most rms / sqrt(C), and
-            (sqrt(pi) / 2) of that where the bins are spread as complex Gaussians: it follows the features' norm.
+        intensity: mean of the layer-wise spectrum over its C bins, the paper's measure. By Parseval, at most
+            rms / sqrt(C), and sqrt(pi) / 2 times that for complex Gaussian bins: it follows the norm of the features.
         intensity_shuffled: the same after one permutation of the channels.
-        intensity_corrected: intensity x sqrt(C), which may be compared across widths.
+        intensity_corrected: intensity x sqrt(C), comparable across widths.
         rms: root mean square of the features.
         spectrum: (C,), see `layerwise_spectrum`.
-        radial_frequency, radial_power: (R,), cycles per token and squared unit, see `radial_average`.
+        radial_frequency, radial_power: (R,), in cycles per token and squared units, see `radial_average`.
 
         Raises:
             RuntimeError: no maps were added.
@@ -341,21 +355,3 @@ class SpectralProfile:
             "radial_frequency": frequency,
             "radial_power": power,
         }
-
-
-@torch.no_grad()
-def intensity_curve(model: nn.Module, images: Tensor, forward=None) -> list[float]:
-    """Intensity of every block of a timm model for one batch of images; its hooks are on the model only meanwhile.
-
-    Args:
-        model: the bare model, put into eval mode.
-        images: (B, 3, H, W). Every map of the batch is held at once.
-        forward: what runs the model on the images, where that is not the model itself.
-    """
-    hooks = FeatureHooks(model, range(len(describe_blocks(model))))
-    try:
-        model.eval()
-        (forward or model)(images)
-        return [layerwise_spectrum(maps).mean().item() for maps in hooks.pop()]
-    finally:
-        hooks.remove()

@@ -1,4 +1,4 @@
-"""What the benchmarks share: flags, the clock, interleaved runs, the table, the JSON file."""
+"""Shared by the benchmarks: flags, clock, interleaved runs, the table, the JSON file."""
 
 import argparse
 import itertools
@@ -14,12 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "Pillow")
+MAX_FILES = 512  # different JPEG files; further ones are hard links, because a file takes 30 ms to make
 
 
 def parser(description, repeats):
-    """A parser with the flags of every benchmark."""
+    """Return a parser with the flags of every benchmark."""
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     result.add_argument("--device", default=device, help="cuda or cpu")
@@ -29,14 +31,14 @@ def parser(description, repeats):
         "--clock",
         default="wall" if device == "cuda" else "cpu",
         choices=("wall", "cpu"),
-        help="cpu: CPU seconds of this process, which other load on the machine does not enter; for one thread",
+        help="cpu: processor time of this process, independent of other load; for one thread",
     )
-    result.add_argument("--json", metavar="FILE", help="also write all times here")
+    result.add_argument("--json", metavar="FILE", help="also write all times to this file")
     return result
 
 
 def start(args):
-    """Sets threads and seed, and prints where this runs."""
+    """Set threads and seed, and print the machine."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     if first_process():
@@ -49,14 +51,12 @@ def first_process():
 
 
 def machine(args):
-    """{what: value} of the processor, the versions and the flags."""
+    """Return {name: value} of the processor, the versions and the flags."""
     model = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [
-            line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
-        model = names[0] if names else model
+        names = [line.split(":")[1] for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = names[0].strip() if names else model
     facts = {"processor": f"{os.cpu_count()} cores of {model}", "load": " ".join(f"{x:.2f}" for x in os.getloadavg())}
     if args.device != "cpu":
         facts["gpu"] = torch.cuda.get_device_name()
@@ -65,7 +65,7 @@ def machine(args):
 
 
 def timed(function, args) -> float:
-    """Seconds of one call, by the clock that the flags choose."""
+    """Return the seconds of one call by the chosen clock."""
     clock = time.perf_counter if args.clock == "wall" else time.process_time
     if args.device != "cpu":
         torch.cuda.synchronize()
@@ -77,7 +77,7 @@ def timed(function, args) -> float:
 
 
 def interleave(variants, args, warm_up=2):
-    """Runs {name: function} in turn, round after round, the order turned by one each round.
+    """Run {name: function} in turn, round after round, rotating the order by one each round.
 
     Returns:
         {name: seconds of each round}.
@@ -92,32 +92,47 @@ def interleave(variants, args, warm_up=2):
     return times
 
 
-def report(title, times, baseline, items=None, unit="images/s"):
-    """Prints a table: median and quartiles of the times, and of the ratio to the baseline in the same round.
+def report(title, times, baseline, items=None, flops=0, peak=1.0):
+    """Print a table of medians and quartiles of the times, and of the ratio to the baseline in the same round.
 
     Args:
-        times: as from `interleave`.
-        baseline: the name of the variant that the others are compared with.
-        items: things done in one run, for a rate.
+        times: as returned by `interleave`.
+        baseline: the variant that the others are compared with.
+        items: images per run, for images/s.
+        flops, peak: floating-point operations per run and process, and per second at best, for the share of the peak.
     """
     if not first_process():
         return
-    print(f"\n{title}")
-    print(f"| variant | n | median ms | quartiles | {f'{unit} | ' if items else ''}times {baseline} | quartiles |")
-    print(f"|---|---|---|---|{'---|' if items else ''}---|---|")
+    columns = ["variant", "n", "median ms", "quartiles", *(["images/s"] if items else [])]
+    columns += [*(["share of the peak"] if flops else []), f"times {baseline}", "quartiles"]
+    print(f"\n{title}\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for name, seconds in times.items():
         low, median, high = quartiles(seconds)
-        rate = f"{items / median:.1f} | " if items else ""
         ratios = quartiles([base / own for base, own in zip(times[baseline], seconds, strict=True)])
-        print(
-            f"| {name} | {len(seconds)} | {1e3 * median:.2f} | {1e3 * low:.2f} to {1e3 * high:.2f} | {rate}"
-            f"{ratios[1]:.2f} | {ratios[0]:.2f} to {ratios[2]:.2f} |",
-            flush=True,
-        )
+        cells = [name, len(seconds), f"{1e3 * median:.2f}", f"{1e3 * low:.2f} to {1e3 * high:.2f}"]
+        cells += [f"{items / median:.1f}"] if items else []
+        cells += [f"{flops / median / peak:.1%}"] if flops else []
+        cells += [f"{ratios[1]:.2f}", f"{ratios[0]:.2f} to {ratios[2]:.2f}"]
+        print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+def count_flops(function) -> int:
+    """Return the floating-point operations of matrix products, convolutions and attention in one call."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def peak_flops(args, dtype=None) -> float:
+    """Measure the floating-point operations per second of a large matrix product."""
+    size = 8192 if args.device != "cpu" else 1024
+    matrix = torch.randn(size, size, device=args.device, dtype=dtype or getattr(torch, args.amp_dtype))
+    torch.mm(matrix, matrix)
+    return 2 * size**3 / min(timed(lambda: torch.mm(matrix, matrix), args) for _ in range(5))
 
 
 def peak_memory(args) -> int:
-    """Most bytes that this process has held so far: of the GPU, or of the machine's memory."""
+    """Return the most bytes that this process has held so far, on the GPU or of the machine's memory."""
     if args.device != "cpu":
         return torch.cuda.max_memory_allocated()
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -128,11 +143,14 @@ def quartiles(values):
 
 
 def make_jpegs(folder, num_images, size=(500, 375)):
-    """Writes num_images JPEG files of about 100 kB, as ImageNet's are, to FOLDER/train/<class>/ for ten classes."""
+    """Write JPEG files of about 100 kB, as ImageNet's are, to FOLDER/train/<class>/ for ten classes."""
     random = np.random.default_rng(0)
-    for index in range(num_images):
-        path = Path(folder) / "train" / f"class{index % 10}" / f"{index:06d}.jpeg"
+    paths = [Path(folder) / "train" / f"class{i % 10}" / f"{i:06d}.jpeg" for i in range(num_images)]
+    for index, path in enumerate(paths):
         path.parent.mkdir(parents=True, exist_ok=True)
+        if index >= MAX_FILES:
+            path.hardlink_to(paths[index % MAX_FILES])
+            continue
         coarse = Image.fromarray(random.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize(size, Image.BICUBIC)
         noise = random.normal(0, 12, (size[1], size[0], 3))
         Image.fromarray(np.clip(np.asarray(coarse) + noise, 0, 255).astype(np.uint8)).save(path, quality=90)

@@ -1,4 +1,4 @@
-"""Whole training steps, images included: the program's own job beside the plain formulation.
+"""Time whole training steps, images included, of the program's own job and of the reference implementation.
 
 Under torch.distributed.run it measures several processes; each has its own batch.
 """
@@ -8,66 +8,56 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import common
 import jobs
-import plain
+import reference
 
 import datasets
+import faults
 import samplers
 import utils
 
-JOBS = {"plain": jobs.plain_job, "fast": jobs.fast_job}
-
-
-def synthetic_loaders(args):
-    """(plain, fast) lists of batches that are ready in memory."""
-    shape = (args.batch_size, 3, args.input_size, args.input_size)
-    labels = torch.randint(jobs.NUM_CLASSES, (args.batch_size,))
-    return (
-        [(torch.randn(shape), labels)] * args.steps,
-        [(torch.randint(256, shape, dtype=torch.uint8), labels)] * args.steps,
-    )
-
 
 def jpeg_loaders(args, folder):
-    """(plain, fast) loaders of the same JPEG files in the order of repeated augmentation."""
+    """Return {job: loader} of the same JPEG files in the order of repeated augmentation."""
     common.make_jpegs(folder, args.steps * args.batch_size * utils.world_size())
-    transform = datasets.train_transform(args.input_size, aa=plain.AUGMENTATION)
-    set_of = datasets.build_dataset("IMNET", "train", folder, transform)
-    order = samplers.RASampler(set_of, utils.world_size(), utils.rank())
-    fast = datasets.build_loader(
-        datasets.SeededDataset(set_of),
-        samplers.SeededSampler(order, 0, utils.rank()),
-        args.batch_size,
-        args.num_workers,
-        drop_last=True,
-        pin_memory=args.device != "cpu",
-    )
-    ordinary = plain.loader(Path(folder) / "train", order, args.batch_size, args.num_workers, args.input_size)
-    return ordinary, fast
+    transform = datasets.train_transform(args.input_size, aa=reference.AUGMENTATION)
+    dataset = datasets.build_dataset("IMNET", "train", folder, transform)
+    strides = samplers.RASampler(dataset, utils.world_size(), utils.rank())
+    blocks = samplers.RASampler(dataset, utils.world_size(), utils.rank(), block=args.batch_size)
+    common_options = {
+        "batch_size": args.batch_size,
+        "num_workers": args.num_workers,
+        "pin_memory": args.device != "cpu",
+    }
+    seeded, sampler = datasets.SeededDataset(dataset), samplers.SeededSampler(blocks, 0, utils.rank())
+    return {
+        "reference": reference.loader(Path(folder) / "train", strides, input_size=args.input_size, **common_options),
+        "fast": datasets.build_loader(seeded, sampler, drop_last=True, **common_options),
+    }
 
 
 def main():
     parser = common.parser(__doc__, repeats=7)
     jobs.add_flags(parser)
-    parser.add_argument("--steps", type=int, default=2, help="steps of a run")
-    parser.add_argument("--num-workers", type=int, default=0, help="loader processes a process")
-    parser.add_argument("--variants", nargs="+", default=["plain", "fast"], choices=JOBS, help="what is measured")
-    parser.add_argument("--synthetic", action="store_true", help="batches that are ready in memory, instead of JPEG")
+    parser.add_argument("--steps", type=int, default=2, help="steps per run")
+    parser.add_argument("--num-workers", type=int, default=0, help="loader workers per process")
+    parser.add_argument("--variants", nargs="+", default=list(jobs.JOBS), choices=jobs.JOBS, help="jobs to measure")
+    parser.add_argument("--synthetic", action="store_true", help="use batches in memory instead of JPEG files")
     args = parser.parse_args()
-    utils.init_distributed(args.device)
+    faults.init_distributed(args.device)
     common.start(args)
     with tempfile.TemporaryDirectory() as folder:
-        loaders = synthetic_loaders(args) if args.synthetic else jpeg_loaders(args, folder)
-        loaders = dict(zip(JOBS, loaders, strict=True))
-        trains = {name: functools.partial(JOBS[name](args).train, loaders[name]) for name in args.variants}
+        loaders = jobs.synthetic_batches(args, args.steps) if args.synthetic else jpeg_loaders(args, folder)
+        built = {name: jobs.JOBS[name](args) for name in args.variants}
+        flops = common.count_flops(lambda: built[args.variants[0]].train(list(loaders[args.variants[0]])[:1]))
+        trains = {name: functools.partial(job.train, loaders[name]) for name, job in built.items()}
         times = common.interleave(trains, args, warm_up=1)
     images = args.steps * args.batch_size * utils.world_size()
-    common.report(f"{args.model} <- {args.teacher_model}, batch {args.batch_size}", times, args.variants[0], images)
+    title = f"{args.model} under {args.teacher_model}, batch {args.batch_size}"
+    common.report(title, times, args.variants[0], images, flops=flops * args.steps, peak=common.peak_flops(args))
     common.write_json(args, seconds=times, images=images, peak_bytes=common.peak_memory(args))
 
 

@@ -1,7 +1,7 @@
-"""The input pipeline on JPEG files of 500 x 375, images a second and core: the program's own beside the plain one.
+"""Time the input pipeline on JPEG files of 500 x 375, in images per second and core.
 
-Order and cache depend on how many processes share the images, so each number of processes is simulated by the share
-of its first one, without loader workers, in this process alone.
+Order and cache depend on how many processes share the images. For each number of processes, this single process loads
+the share of the first one, without loader workers.
 """
 
 import sys
@@ -11,8 +11,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import common
-import plain
-import torch
+import reference
 
 import datasets
 import samplers
@@ -27,17 +26,17 @@ def run(loader, prepare=None):
 
 
 def variants(folder, num_processes, args):
-    """{name: function without arguments that loads an epoch of the first process}."""
-    transform = datasets.train_transform(args.input_size, aa=plain.AUGMENTATION)
+    """Return ({name: function that loads an epoch of the first process}, images per epoch)."""
+    transform = datasets.train_transform(args.input_size, aa=reference.AUGMENTATION)
     dataset = datasets.build_dataset("IMNET", "train", folder, transform)
-    order = samplers.RASampler(dataset, num_processes, 0)
-    fast = datasets.build_loader(
-        datasets.SeededDataset(dataset), samplers.SeededSampler(order, 0, 0), args.batch_size, 0, drop_last=True
-    )
-    ordinary = plain.loader(Path(folder) / "train", order, args.batch_size, 0, args.input_size)
+    strides = samplers.RASampler(dataset, num_processes, 0)
+    blocks = samplers.RASampler(dataset, num_processes, 0, block=args.batch_size)
+    sampler = samplers.SeededSampler(blocks, 0, 0)
+    fast = datasets.build_loader(datasets.SeededDataset(dataset), sampler, args.batch_size, 0, drop_last=True)
+    ordinary = reference.loader(Path(folder) / "train", strides, args.batch_size, 0, args.input_size)
     prepare = datasets.Prepare(MEAN, STD, reprob=0.25)
     return {
-        "plain": lambda: run(ordinary),
+        "reference": lambda: run(ordinary),
         "fast": lambda: run(fast),
         "fast, prepared on the CPU": lambda: run(fast, prepare),
     }, len(fast) * args.batch_size
@@ -58,10 +57,9 @@ def main():
         for number in args.processes:
             functions, images = variants(folder, number, args)
             results[number] = common.interleave(functions, args, warm_up=1)
-            common.report(f"share of one of {number} processes", results[number], "plain", images)
+            common.report(f"share of one of {number} processes", results[number], "reference", images)
     common.write_json(args, seconds=results)
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
     main()

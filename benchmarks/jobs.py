@@ -1,10 +1,9 @@
-"""The two training jobs that are compared: the program's own, made by main.py's functions, and the plain one."""
+"""The two training jobs that are compared: the program's own, built by its own functions, and the reference."""
 
 import functools
-import tempfile
 from typing import Any, NamedTuple
 
-import plain
+import reference
 import timm
 import torch
 from timm.utils import ModelEmaV3
@@ -12,13 +11,16 @@ from torch import nn
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
+import builders
 import datasets
+import faults
+import flags
 import losses
-import main
-import samplers
+import models
 import spectral
 import utils
-from engine import train_one_epoch
+from checkpoint import TrainState
+from engine import ConstantScaler, DivergenceWatch, train_one_epoch
 
 IDS = {  # the published pairs: student blocks, teacher blocks
     "cait_s24_224": ([0, 1, 6, 7, 8, 9, 10, 11], [0, 1, 18, 19, 20, 21, 22, 23]),
@@ -28,107 +30,140 @@ NUM_CLASSES = 1000
 
 
 class Job(NamedTuple):
-    """A job's parts; `student` is `model` as it trains, wrapped, and `train(loader)` runs an epoch."""
+    """The parts of a job; `train(loader)` runs an epoch."""
 
-    model: Any
-    student: Any
+    state: Any
     hooks: Any
     criterion: Any
-    optimizer: Any
-    ema: Any
+    prepare: Any
     train: Any
 
 
-def add_flags(parser):
+def add_flags(parser, batch_size=16):
     parser.add_argument("--model", default="deit_tiny_patch16_224", help="student")
     parser.add_argument("--teacher-model", default="cait_s24_224", choices=IDS, help="teacher, with random weights")
+    parser.add_argument(
+        "--teacher-attention", default="auto", choices=("auto", "timm", "eager", "triton"), help="own job only"
+    )
     parser.add_argument("--pairs", type=int, default=8, help="how many of the published pairs, from the first")
-    parser.add_argument("--batch-size", type=int, default=16, help="images a process and step")
+    parser.add_argument("--depth", type=int, help="blocks of both models, for a quick try; all by default")
+    parser.add_argument("--batch-size", type=int, default=batch_size, help="batch size per process")
     parser.add_argument("--input-size", type=int, default=224, help="side of the images, pixels")
-    parser.add_argument("--amp-dtype", default="float32", choices=main.DTYPES, help="autocast dtype")
-    parser.add_argument("--compile", default="none", choices=main.COMPILE, help="what the fast job compiles")
-
-
-def ids_of(args):
-    """(student's, teacher's) block ids."""
-    return [ids[: args.pairs] for ids in IDS[args.teacher_model]]
+    parser.add_argument("--amp-dtype", default="float32", choices=("float16", "bfloat16", "float32"), help="autocast")
+    parser.add_argument("--compile", default="none", choices=("none", "teacher", "both"), help="own job only")
 
 
 def timm_model(name, args):
-    return timm.create_model(name, num_classes=NUM_CLASSES, img_size=args.input_size)
+    depth = {"depth": args.depth} if args.depth else {}
+    return timm.create_model(name, num_classes=NUM_CLASSES, img_size=args.input_size, **depth)
 
 
-def fast_job(args, *more):
-    """The program's own job, with further flags of main.py."""
-    student_ids, teacher_ids = ([str(i) for i in ids] for ids in ids_of(args))
-    with tempfile.NamedTemporaryFile(suffix=".pth") as file:
-        torch.save(timm_model(args.teacher_model, args).state_dict(), file.name)
-        own = main.parse_args(
-            [
-                *("--model", args.model, "--teacher-model", args.teacher_model, "--teacher-path", file.name),
-                *("--distillation-type", "soft", "--s-id", *student_ids, "--t-id", *teacher_ids),
-                *("--data-set", "GRATINGS", "--batch-size", str(args.batch_size), "--device", args.device),
-                *("--input-size", str(args.input_size)),
-                *("--amp-dtype", args.amp_dtype, "--compile", args.compile, *more),
-            ]
-        )
-        device = torch.device(args.device)
-        model = main.build_student(own, NUM_CLASSES).to(device)
-        ema = ModelEmaV3(model, own.model_ema_decay)
-        hooks = spectral.FeatureHooks(model, main.feature_ids(own)[0])
-        criterion = main.build_criterion(own, main.build_teacher(own, NUM_CLASSES, device, model))
-    optimizer, _, _ = main.build_optimizer(own, model)
-    amp_dtype = main.DTYPES[args.amp_dtype]
-    scaler = GradScaler(device.type) if amp_dtype == torch.float16 else main.ConstantScaler(device.type)
-    parallel = main.wrap_models(own, model, criterion, device)
-    train = functools.partial(
-        train_one_epoch,
-        parallel,
-        hooks,
-        criterion,
-        optimizer=optimizer,
-        scaler=scaler,
-        meter=main.new_meter(),
-        epoch=0,
-        device=device,
-        prepare=datasets.Prepare(*main.normalisation(model), own.reprob, own.remode, own.recount, device),
-        seed_step=lambda *where: utils.seed_everything(samplers.counter_seed(own.seed, utils.rank(), *where)),
-        should_stop=utils.StopRequest(),
-        amp_dtype=amp_dtype,
-        update_ema=functools.partial(ema.update, model),
+def fast_job(args):
+    """The program's own job. The teacher's weights are random, so it is built here instead of by `build_teacher`."""
+    student_ids, teacher_ids = (ids[: args.pairs] for ids in IDS[args.teacher_model])
+    own = flags.parse_args(
+        [
+            *("--model", args.model, "--teacher-model", args.teacher_model, "--distillation-type", "soft"),
+            *("--s-id", *map(str, student_ids), "--t-id", *map(str, teacher_ids), "--data-set", "GRATINGS"),
+            *("--batch-size", str(args.batch_size), "--device", args.device, "--input-size", str(args.input_size)),
+            *("--amp-dtype", args.amp_dtype, "--compile", args.compile),
+            *(("--model-kwargs", f"depth={args.depth}") if args.depth else ()),
+        ]
     )
-    return Job(model, parallel, hooks, criterion, optimizer, ema, train)
-
-
-def plain_job(args):
-    """The same job in the plain formulation."""
-    device = torch.device(args.device)
-    student_ids, teacher_ids = ids_of(args)
-    model = timm_model(args.model, args).to(device)
-    ema = plain.Ema(model, 0.99996)
+    device, amp_dtype = torch.device(args.device), getattr(torch, args.amp_dtype)
+    model = builders.build_student(own, NUM_CLASSES).to(device)
+    ema = ModelEmaV3(model, own.model_ema_decay)
     hooks = spectral.FeatureHooks(model, student_ids)
-    teacher = timm_model(args.teacher_model, args).to(device)
-    criterion = losses.DistillationLoss(
-        nn.CrossEntropyLoss(label_smoothing=0.1),
-        "soft",
-        losses.FrozenTeacher(teacher, teacher_ids),
-        feature_loss=plain.spectral_loss,
-    )
+    teacher = models.fast_attention(timm_model(args.teacher_model, args).to(device), args.teacher_attention)
+    criterion = builders.build_criterion(own, model, losses.FrozenTeacher(teacher, teacher_ids))
+    optimizer, scheduler, _ = builders.build_optimizer(own, model, criterion)
+    scaler = GradScaler(device.type) if amp_dtype == torch.float16 else ConstantScaler(device.type)
+    state = TrainState(model, optimizer, scheduler, scaler, ema, ["loss", *losses.TERMS], criterion)
+    state.parallel = builders.wrap_model(own, model, criterion, device)
+    prepare = datasets.Prepare(*models.normalization(model), own.reprob, own.remode, own.recount, device)
+    should_stop = faults.StopRequest()
+    should_stop.between_steps()
+    options = {
+        "device": device,
+        "prepare": prepare,
+        "watch": DivergenceWatch(),
+        "seed_step": lambda *where: utils.seed_everything(utils.counter_seed(own.seed, utils.rank(), *where)),
+        "should_stop": should_stop,
+        "amp_dtype": amp_dtype,
+    }
+
+    def train(loader, **more):
+        state.start_epoch(0)
+        return train_one_epoch(state, loader, criterion, hooks, **options | more)
+
+    return Job(state, hooks, criterion, prepare, train)
+
+
+def reference_job(args):
+    """The same job in the reference implementation."""
+    device, amp_dtype = torch.device(args.device), getattr(torch, args.amp_dtype)
+    student_ids, teacher_ids = (ids[: args.pairs] for ids in IDS[args.teacher_model])
+    model = timm_model(args.model, args).to(device)
+    ema = reference.Ema(model, 0.99996)
+    hooks = spectral.FeatureHooks(model, student_ids)
+    teacher = losses.FrozenTeacher(timm_model(args.teacher_model, args).to(device), teacher_ids)
+    base = nn.CrossEntropyLoss(label_smoothing=0.1)
+    criterion = losses.DistillationLoss(base, "soft", teacher, feature_loss=reference.spectral_loss)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.05)
-    amp_dtype = main.DTYPES[args.amp_dtype]
     scaler = GradScaler(device.type, enabled=amp_dtype == torch.float16)
-    parallel = model
+    state = TrainState(model, optimizer, None, scaler, ema, ["loss", *losses.TERMS], criterion)
     if utils.world_size() > 1:
-        parallel = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-    train = functools.partial(
-        plain.train,
-        parallel,
-        hooks,
-        criterion,
-        optimizer=optimizer,
-        scaler=scaler,
-        ema=ema,
-        device=device,
-        amp_dtype=amp_dtype,
-    )
-    return Job(model, parallel, hooks, criterion, optimizer, ema, train)
+        state.parallel = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    options = {"criterion": criterion, "hooks": hooks, "device": device, "amp_dtype": amp_dtype}
+    return Job(state, hooks, criterion, nn.Identity(), functools.partial(reference.train, state, **options))
+
+
+JOBS = {"reference": reference_job, "fast": fast_job}
+
+
+def synthetic_batches(args, steps):
+    """Return {job: batches in memory}, pinned if a GPU will copy them: float32 images or uint8 ones."""
+    shape = (args.batch_size, 3, args.input_size, args.input_size)
+    pixels, labels = torch.randint(256, shape, dtype=torch.uint8), torch.randint(NUM_CLASSES, (args.batch_size,))
+    batches = {"reference": (pixels.float() / 255, labels), "fast": (pixels, labels)}
+    if args.device != "cpu":
+        batches = {name: tuple(tensor.pin_memory() for tensor in batch) for name, batch in batches.items()}
+    return {name: [batch] * steps for name, batch in batches.items()}
+
+
+class Parts:
+    """The parts of a job's step as functions without arguments that can be called repeatedly."""
+
+    def __init__(self, job, images, labels, amp_dtype):
+        self.job, self.images, self.labels = job, images, labels
+        self.autocast = torch.autocast(images.device.type, dtype=amp_dtype, enabled=amp_dtype != torch.float32)
+        self.maps = self._run_student()[1]
+        self.teacher_maps = self.teacher()[1]
+        self.student()  # leaves gradients for the optimizer
+
+    def _run_student(self):
+        with self.autocast:
+            return self.job.state.parallel(self.images), self.job.hooks.pop()
+
+    def student(self):
+        """Forward and backward without distillation."""
+        self.job.state.optimizer.zero_grad()
+        self.job.criterion.base_criterion(self._run_student()[0].float(), self.labels).backward()
+
+    def teacher(self):
+        with self.autocast:
+            return self.job.criterion.teacher(self.images)
+
+    def feature_loss(self):
+        """Forward and backward of all pairs, each from a new leaf with the layout of the hook's map."""
+        for student, teacher in zip(self.maps, self.teacher_maps, strict=True):
+            self.job.criterion.feature_loss(student.detach().requires_grad_(), teacher).backward()
+
+    def optimizer(self):
+        self.job.state.optimizer.step()
+
+    def ema(self):
+        self.job.state.ema.update(self.job.state.model)
+
+
+PARTS = ("student", "teacher", "feature_loss", "optimizer", "ema")

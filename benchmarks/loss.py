@@ -1,5 +1,6 @@
-"""The spectral loss of one pair, forward and backward: the plain formulation, one transform, the closed form."""
+"""Time the spectral loss of one pair, forward and backward: reference implementation, one transform, closed form."""
 
+import functools
 import sys
 from pathlib import Path
 
@@ -8,21 +9,26 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import common
-import plain
+import reference
 
 import spectral
 
-SHAPES = {  # of maps as the hooks give them: prefix tokens, student channels, teacher channels, side of the grid
+SHAPES = {  # of maps as the hooks return them: prefix tokens, student channels, teacher channels, side of the grid
     "DeiT-Ti, same width": (1, 192, 192, 14),
-    "DeiT-Ti <- CaiT-S24": (1, 192, 384, 14),
+    "DeiT-Ti under CaiT-S24": (1, 192, 384, 14),
     "no prefix, same width": (0, 192, 192, 14),
     "Swin stage 0": (0, 96, 96, 56),
     "Swin stage 3": (0, 768, 768, 7),
 }
+LOSSES = {
+    "reference": reference.spectral_loss,
+    "fft": spectral.spectral_loss,
+    "closed": spectral.closed_spectral_loss,
+}
 
 
 def maps_of(tokens, prefix, side):
-    """Tokens (B, N, C) -> the view (B, C, H, W) of its patch tokens."""
+    """Return the patch tokens of (B, N, C) as a view (B, C, H, W)."""
     return tokens[:, prefix:].transpose(1, 2).unflatten(2, (side, side))
 
 
@@ -34,23 +40,20 @@ def run(loss, tokens, prefix, teacher, side):
 def main():
     parser = common.parser(__doc__, repeats=50)
     parser.add_argument("--batch-size", type=int, default=32, help="images")
-    parser.add_argument("--compile", action="store_true", help="also the compiled closed form")
+    parser.add_argument("--compile", action="store_true", help="also time the compiled closed form")
     args = parser.parse_args()
     common.start(args)
-    losses = {"plain": plain.spectral_loss, "fft": spectral.spectral_loss, "closed": spectral.closed_spectral_loss}
+    losses = dict(LOSSES)
     if args.compile:
         losses["closed, compiled"] = torch.compile(spectral.closed_spectral_loss, dynamic=False)
     results = {}
     for name, (prefix, student_channels, teacher_channels, side) in SHAPES.items():
         tokens = torch.randn(args.batch_size, prefix + side**2, student_channels, device=args.device)
         teacher = maps_of(torch.randn(args.batch_size, side**2, teacher_channels, device=args.device), 0, side)
-        tokens.requires_grad_()
-        variants = {
-            key: lambda loss=loss, rest=(tokens, prefix, teacher, side): run(loss, *rest)
-            for key, loss in losses.items()
-        }
+        rest = (tokens.requires_grad_(), prefix, teacher, side)
+        variants = {key: functools.partial(run, loss, *rest) for key, loss in losses.items()}
         results[name] = common.interleave(variants, args)
-        common.report(f"{name}: ({args.batch_size}, {student_channels}, {side}, {side})", results[name], "plain")
+        common.report(f"{name}: ({args.batch_size}, {student_channels}, {side}, {side})", results[name], "reference")
     common.write_json(args, seconds=results)
 
 

@@ -1,7 +1,7 @@
-"""Cost against work: images a second and memory a process of the program's own job, one quantity at a time.
+"""Measure cost against work: images/s and memory per process of the program's own job, one quantity at a time.
 
-Each row is a run of end_to_end.py by itself, on batches that are ready in memory: the middle (one process, batch 16,
-224 pixels, 8 pairs), and from there other numbers of processes, batches, sizes and pairs. Needs an idle machine.
+Each row is a run of end_to_end.py on batches in memory. The first row (one process, batch 16, 224 pixels, 8 pairs) is
+followed by rows with other numbers of processes, batch sizes, image sizes and pairs. Needs an idle machine.
 """
 
 import json
@@ -20,22 +20,22 @@ WORK = {"processes": (1, 2), "batch-size": (16, 1, 4, 64), "input-size": (224, 1
 def main():
     parser = common.parser(__doc__, repeats=5)
     for name, values in WORK.items():
-        parser.add_argument(f"--{name}", type=int, nargs="+", default=values, help="the middle, then the others")
-    parser.add_argument("--job", default="", help="further flags of end_to_end.py, such as '--amp-dtype float16'")
+        parser.add_argument(f"--{name}", type=int, nargs="+", default=values, help="the first row, then the others")
+    parser.add_argument("--job", default="", help="more flags of end_to_end.py")
     args = parser.parse_args()
-    args.clock = "wall"  # what a process waits for the others counts
+    args.clock = "wall"  # includes waiting for other processes
     common.start(args)
     values = {name: getattr(args, name.replace("-", "_")) for name in WORK}
-    middle = {name: first for name, (first, *_) in values.items()}
-    rows = [middle, *(middle | {name: other} for name, (_, *others) in values.items() for other in others)]
-    print("\n| processes | batch | pixels | pairs | n | ms a step, median | quartiles | images/s | MiB a process |")
+    first_row = {name: first for name, (first, *_) in values.items()}
+    rows = [first_row, *(first_row | {name: other} for name, (_, *others) in values.items() for other in others)]
+    print("\n| processes | batch | pixels | pairs | n | ms per step, median | quartiles | images/s | MiB per process |")
     print("|---|---|---|---|---|---|---|---|---|")
     results = [row | measure(row, args) for row in rows]
     common.write_json(args, rows=results)
 
 
 def measure(row, args):
-    """Runs end_to_end.py, prints its row of the table and returns its figures."""
+    """Run end_to_end.py, print its row of the table and return its figures."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc_per_node", str(row["processes"]), str(Path(__file__).with_name("end_to_end.py"))]

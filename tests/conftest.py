@@ -1,12 +1,14 @@
-"""What several test files share: one thread, the tiny models, and running the program as its users do."""
+"""Shared by the test files: one thread, tiny models and images, and ways to run the program."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 STUDENT = ["img_size=32", "patch_size=8", "embed_dim=24", "depth=4", "num_heads=3"]
@@ -17,7 +19,7 @@ torch.set_num_threads(1)
 
 
 def tiny_run(*more):
-    """Flags of a run of seconds: a tiny DeiT on a small GRATINGS. A flag in `more` wins."""
+    """Return flags of a run of seconds: a tiny DeiT on a small GRATINGS. A flag in `more` wins."""
     return [
         *("--data-set", "GRATINGS", "--gratings-sizes", "64", "48", "--input-size", "32", "--num_workers", "0"),
         *("--model", "deit_tiny_patch16_224", "--model-kwargs", *STUDENT),
@@ -25,8 +27,17 @@ def tiny_run(*more):
     ]
 
 
+def distil(teacher_file, *more):
+    """Return flags that distill the tiny CaiT into the tiny DeiT."""
+    return [
+        *("--distillation-type", "soft", "--distillation-alpha", "0.9"),
+        *("--s-id", "0", "1", "3", "--t-id", "0", "1", "5"),
+        *("--teacher-path", str(teacher_file), "--teacher-kwargs", *TEACHER, *map(str, more)),
+    ]
+
+
 def run_main(*flags, processes=0, timeout=120):
-    """Runs main.py as a program, under torch.distributed.run where `processes` says so, and returns what it did."""
+    """Run main.py as a program, with `processes` under torch.distributed.run, and return the completed process."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
     return subprocess.run(
         [sys.executable, *launcher, str(ROOT / "main.py"), *map(str, flags)],
@@ -37,48 +48,37 @@ def run_main(*flags, processes=0, timeout=120):
     )
 
 
+def jpeg_folder(root, classes=("ant", "bee"), splits=("train", "val"), images=4, size=(40, 30)):
+    """Write JPEG files in ImageNet's layout, each image of its own color, and return the folder."""
+    for split in splits:
+        for label, name in enumerate(classes):
+            (root / split / name).mkdir(parents=True)
+            for i in range(images):
+                color = (60 * i % 256, (90 + 20 * label) % 256, 120)
+                Image.new("RGB", size, color).save(root / split / name / f"{i}.jpg")
+    return root
+
+
 @pytest.fixture(scope="session")
 def teacher_file(tmp_path_factory):
     """A file of random weights of the tiny CaiT teacher, for 24 classes."""
     import timm
 
+    from flags import key_values
+
     path = tmp_path_factory.mktemp("teacher") / "teacher.pth"
-    kwargs = dict(pair.split("=") for pair in TEACHER)
     torch.manual_seed(1)
-    model = timm.create_model("cait_s24_224", num_classes=24, **{key: int(value) for key, value in kwargs.items()})
-    torch.save(model.state_dict(), path)
+    torch.save(timm.create_model("cait_s24_224", num_classes=24, **key_values(TEACHER)).state_dict(), path)
     return path
-
-
-def distil(teacher_file, *more):
-    """Flags that teach the tiny DeiT by the tiny CaiT."""
-    return [
-        *(
-            "--distillation-type",
-            "soft",
-            "--distillation-alpha",
-            "0.9",
-            "--s-id",
-            "0",
-            "1",
-            "3",
-            "--t-id",
-            "0",
-            "1",
-            "5",
-        ),
-        *("--teacher-path", str(teacher_file), "--teacher-kwargs", *TEACHER, *map(str, more)),
-    ]
 
 
 @pytest.fixture(autouse=True)
 def unchanged_signal_handlers():
-    """A run in this process replaces the handlers of signals; the next test gets the old ones back."""
-    import signal
+    """Restore the signal handlers that a run in this process replaced."""
+    from faults import STOP_SIGNALS
 
-    import utils
-
-    before = {number: signal.getsignal(number) for number in utils.STOP_SIGNALS}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
+    signal.set_wakeup_fd(-1)
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -7,6 +7,7 @@ executes main.py as `python main.py` would. `torchrun` starts the real launcher,
 import atexit
 import json
 import os
+import re
 import runpy
 import signal
 import socket
@@ -37,7 +38,7 @@ class Run:
         os.kill(self.pid, number)
 
     def says(self, words, timeout=60):
-        """Waits for words in the output, and returns the run."""
+        """Wait for words in the output; return the run."""
 
         def said():
             ended = self.code(0) is not None  # looked at first: what is said before the end is seen
@@ -50,7 +51,7 @@ class Run:
         return self
 
     def code(self, timeout=90):
-        """The exit code, negative for a signal; None where it still runs after `timeout` seconds."""
+        """Return the exit code, negative for a signal; None if it still runs after `timeout` seconds."""
         path = self.folder / "code"
         try:
             return int(until(lambda: path.exists() and path.read_text(), timeout))
@@ -76,30 +77,30 @@ class LauncherRun(Run):
             return None
 
     def workers(self):
-        """Process ids by rank."""
+        """Return the process ids by rank."""
         return {environment(pid)["RANK"]: pid for pid in descendants(self.pid) if "main.py" in command(pid)}
 
 
 def until(condition, timeout=60, run=None):
-    """Waits until condition() is true, and returns what it gave."""
+    """Wait until condition() is true; return its value."""
     deadline = time.monotonic() + timeout
     while not (value := condition()):
         if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {timeout} s in vain; the run said: {run and run.text}")
+            raise TimeoutError(f"waited {timeout} s in vain; the run printed: {run and run.text}")
         time.sleep(0.01)
     return value
 
 
 def fork(*flags, ranks=1, before="", env=None):
-    """Starts main.py in `ranks` processes that find each other as under a launcher.
+    """Start main.py in `ranks` processes that find each other as under a launcher.
 
     Args:
         flags: of main.py.
-        before: Python statements to execute first: a fault to come.
+        before: Python statements to execute first, which prepare a fault.
         env: further environment variables.
 
     Returns:
-        A Run, or a list of them where there are several ranks.
+        A Run, or a list of them for several ranks.
     """
     launcher = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
     runs = []
@@ -116,8 +117,8 @@ def codes(runs, timeout=90):
     return [run.code(timeout) for run in runs]
 
 
-def torchrun(*flags, ranks=2, launcher=(), before=""):
-    """Starts main.py under torch.distributed.run, whose own flags are `launcher`; `before` as in `fork`."""
+def torchrun(*flags, ranks=2, launcher=(), before="", env=None):
+    """Start main.py under torch.distributed.run, whose own flags are `launcher`; `before` and `env` as in `fork`."""
     folder = Path(tempfile.mkdtemp(dir=server.home))
     workers_only = f"import os\nif 'RANK' in os.environ:\n    exec({before!r}, {{}})\n"
     (folder / "sitecustomize.py").write_text(workers_only)
@@ -127,25 +128,43 @@ def torchrun(*flags, ranks=2, launcher=(), before=""):
             [*command, str(ROOT / "main.py"), *map(str, flags)],
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder), **(env or {})},
         )
     return LauncherRun(folder, process)
 
 
+def status(folder):
+    return json.loads((folder / "status.json").read_text())
+
+
+def epochs(folder):
+    """Return the epochs of log.txt, line by line."""
+    return [json.loads(line)["epoch"] for line in (folder / "log.txt").read_text().splitlines()]
+
+
+def errors(runs):
+    """Return the lines of all ranks that report an error."""
+    lines = [line for run in runs for line in run.text.splitlines()]
+    return [line for line in lines if re.match(r"(\[rank \d+\] )?error: ", line)]
+
+
 def strike(number, *, step, training=True, rank=None):
-    """Statements for `fork`'s `before`: the process sends itself a signal in the student's step-th forward from now.
+    """Return statements for `fork`'s `before`: the process sends itself a signal in a forward of the student.
 
     Args:
-        step: from 0 on, counted over all training (or evaluation) batches that this process sees.
-        training: count training batches; otherwise those of evaluation, the check of the input size (one) among them.
+        step: the forward, counted from 0 over all training (or validation) batches that this process gets.
+        training: count training batches; otherwise those of validation, after the first training batch.
         rank: only on this one, or None for all.
     """
     return f"""
 import os, torch
-seen = 0
+seen, trained = 0, False
 def count(module, args):
-    global seen
-    if type(module).__name__ == "VisionTransformer" and module.training == {training}:
+    global seen, trained
+    if type(module).__name__ != "VisionTransformer":
+        return
+    trained |= module.training
+    if trained and module.training == {training}:
         if seen == {step}:
             os.kill(os.getpid(), {int(number)})
         seen += 1
@@ -176,7 +195,7 @@ def _proc(pid, name):
 
 
 def descendants(pid):
-    """All processes below a process."""
+    """Return all processes below a process."""
     parents = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -196,7 +215,7 @@ def alive(pid):
 
 
 class Server:
-    """Forks runs of main.py; started with the first order, ended with the tests."""
+    """Forks runs of main.py; starts with the first order and ends with the tests."""
 
     def __init__(self):
         self.process = None
@@ -215,7 +234,7 @@ class Server:
         return self.directory.name
 
     def offline(self):
-        """Variables that keep hubs offline, with caches that are empty; their libraries read them when imported."""
+        """Return variables that keep hubs offline, with empty caches; their libraries read them when imported."""
         return {"HF_HUB_OFFLINE": "1", "HF_HOME": self.directory.name, "TORCH_HOME": self.directory.name}
 
     def order(self, job):
@@ -232,10 +251,10 @@ server = Server()
 
 
 def serve():
-    """The server: reads orders, a line each, and forks; each fork forks once more, to note the exit code."""
+    """Read orders, one per line, and fork; each fork forks once more, to note the exit code."""
     import main  # noqa: F401 the slow part
 
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the watchers
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nothing waits for the watchers
     for line in sys.stdin:
         if os.fork() == 0:
             watch(json.loads(line))
@@ -261,7 +280,7 @@ def note(path, number):
 
 
 def become(job):
-    """Executes main.py, in this process."""
+    """Execute main.py in this process."""
     os.setsid()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ.update(job["env"])

@@ -18,11 +18,12 @@ from torch import nn
 from torch.amp import GradScaler
 from torch.utils.data import DataLoader, TensorDataset
 
+import engine
 import utils
+from checkpoint import TrainState
 from datasets import Prepare
-from engine import accumulation_group, evaluate, train_one_epoch
+from engine import Console, ConstantScaler, DivergenceWatch, accumulation_group, evaluate, train_one_epoch
 from losses import TERMS, DistillationLoss, FrozenTeacher
-from main import ConstantScaler
 from samplers import ShardSampler
 from spectral import FeatureHooks
 
@@ -53,22 +54,25 @@ def cross_entropy(images, outputs, maps, labels):
     return {"loss": 3 * loss, "loss_base": loss, "loss_dist": 2 * loss}
 
 
-def train(model, batches, **options):
-    """train_one_epoch with plain SGD and the cross-entropy above, unless told otherwise; returns steps and meter."""
-    options = {
-        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
-        "scaler": ConstantScaler("cpu"),
-        "meter": utils.Meter(["loss", "loss_base", "loss_dist"]),
-        "epoch": 5,
-        "device": CPU,
-        "prepare": nn.Identity(),
-        "seed_step": lambda epoch, step: None,
-        "should_stop": lambda: False,
-        "criterion": cross_entropy,
-    } | options
-    hooks = options.pop("hooks", None) or FeatureHooks(model)
-    steps = train_one_epoch(model, hooks, options.pop("criterion"), batches, **options)
-    return steps, options["meter"]
+def train(model, batches, *, resume=None, wrap=None, hooks=None, criterion=cross_entropy, **options):
+    """Run train_one_epoch with plain SGD unless told otherwise; return the state."""
+    parts = {name: options.pop(name, None) for name in ("optimizer", "scaler", "ema", "terms")}
+    state = TrainState(
+        model,
+        parts["optimizer"] or torch.optim.SGD(model.parameters(), lr=0.1),
+        None,
+        parts["scaler"] or ConstantScaler("cpu"),
+        parts["ema"],
+        parts["terms"] or ["loss", "loss_base", "loss_dist"],
+    )
+    state.start_epoch(5)
+    if resume is not None:
+        state.step, state.meter = resume.step, resume.meter
+    if wrap is not None:
+        state.parallel = wrap(model)
+    options = {"device": CPU, "prepare": nn.Identity(), "watch": DivergenceWatch()} | options
+    train_one_epoch(state, batches, criterion, hooks or FeatureHooks(model), **options)
+    return state
 
 
 def by_hand(model, batches, lr=0.1, clip=None):
@@ -93,15 +97,15 @@ def assert_same_weights(one, other, atol=1e-12):
 # Training
 
 
-def test_an_epoch_is_one_descent_step_a_batch():
+def test_an_epoch_is_one_descent_step_per_batch():
     model, twin, batches = make_model(), make_model(), make_batches(6)
-    steps, meter = train(model, batches)
+    state = train(model, batches)
     values = by_hand(twin, batches)
-    assert steps == 6
+    assert (state.step, state.trained) == (6, True)
     assert_same_weights(model, twin)
     mean = sum(values) / 6
     averages = {"loss": 3 * mean, "loss_base": mean, "loss_dist": 2 * mean}
-    assert meter.averages() == pytest.approx(averages, rel=1e-6)
+    assert state.meter.averages() == pytest.approx(averages, rel=1e-6)
 
 
 @pytest.mark.parametrize("clip", [0.01, 0.5, 1e6])
@@ -116,16 +120,14 @@ def test_the_gradient_is_clipped_to_its_norm(clip):
 
 @pytest.mark.parametrize("accum_steps", [2, 3, 4])
 def test_accumulated_batches_equal_one_large_batch(accum_steps):
-    """Also the last group, which is not full with 2 or 4 of 6 + 1 batches."""
+    """Including the last group, which is incomplete with 2 or 4 of 7 batches."""
     batches = make_batches(7)
     groups = [batches[i : i + accum_steps] for i in range(0, 7, accum_steps)]
     large = [tuple(torch.cat(parts) for parts in zip(*group, strict=True)) for group in groups]
     model, twin = make_model(), make_model()
-    steps, meter = train(model, batches, accum_steps=accum_steps, print_freq=1)
-    _, meter_large = train(twin, large)
-    assert steps == 7
-    assert meter.count == 7
-    assert meter_large.count == len(large)
+    state = train(model, batches, accum_steps=accum_steps, print_freq=1)
+    assert state.meter.count == state.step == 7
+    assert train(twin, large).meter.count == len(large)
     assert_same_weights(model, twin)
 
 
@@ -141,25 +143,21 @@ def test_accumulation_groups_cut_the_epoch_into_pieces(num_steps, accum_steps):
 
 def test_an_epoch_in_two_pieces_equals_a_whole_one():
     model, twin, batches = make_model(), make_model(), make_batches(7)
-    _, whole = train(model, batches)
+    whole = train(model, batches)
     answers = iter([False, False, True])
-    done, meter = train(twin, batches, should_stop=lambda: next(answers))
-    assert done == 3
-    assert meter.count == 3
+    first = train(twin, batches, should_stop=lambda: next(answers))
+    assert (first.step, first.trained, first.meter.count) == (3, False, 3)
     seeds = []
-    done, meter = train(
-        twin, batches[3:], start_step=3, meter=meter, seed_step=lambda epoch, step: seeds.append((epoch, step))
-    )
-    assert done == 7
+    second = train(twin, batches[3:], resume=first, seed_step=lambda epoch, step: seeds.append((epoch, step)))
+    assert (second.step, second.trained) == (7, True)
     assert seeds == [(5, step) for step in range(3, 7)]
-    assert meter.averages() == whole.averages()
+    assert second.meter.averages() == whole.meter.averages()
     assert_same_weights(model, twin, atol=0)
 
 
 def test_a_stop_waits_for_the_end_of_a_group():
-    done, meter = train(make_model(), make_batches(8), accum_steps=3, should_stop=lambda: True)
-    assert done == 3
-    assert meter.count == 3
+    state = train(make_model(), make_batches(8), accum_steps=3, should_stop=lambda: True)
+    assert state.meter.count == state.step == 3
 
 
 def test_mixup_makes_the_images_and_labels_of_the_step():
@@ -192,7 +190,7 @@ def test_the_moving_average_follows_every_optimizer_step():
     for group in (batches[0:2], batches[2:4], batches[4:]):
         by_hand(twin, [tuple(torch.cat(parts) for parts in zip(*group, strict=True))])
         expected = {name: 0.9 * expected[name] + 0.1 * value for name, value in twin.state_dict().items()}
-    train(model, batches, update_ema=lambda: ema.update(model), accum_steps=2)
+    train(model, batches, ema=ema, accum_steps=2)
     torch.testing.assert_close(dict(ema.module.state_dict()), expected, rtol=0, atol=1e-12)
 
 
@@ -267,6 +265,25 @@ def test_the_console_has_a_line_every_ten_steps_and_at_the_end(capsys):
     assert [int(match[1]) for match in matches] == [10, 20, 25]
 
 
+def test_the_console_shows_remaining_and_waiting_time(monkeypatch, capsys):
+    """4 of 10 steps in 20 s leave 30 s; each batch took 2 s to arrive."""
+    now = [100.0]
+    monkeypatch.setattr(engine.time, "perf_counter", lambda: now[0])
+    console = Console("x", 10, 0, CPU)
+
+    def slow_loader():
+        for _ in range(4):
+            now[0] += 2
+            yield None
+
+    for _ in console.timed(slow_loader()):
+        now[0] += 3
+    console.line(3, 0.1, {})
+    printed = capsys.readouterr().out
+    assert "eta: 0:00:30" in printed
+    assert "time: 5.0000  data: 2.0000" in printed
+
+
 # Divergence
 
 
@@ -286,7 +303,7 @@ def spoiled(bad_steps, term="loss_dist", value=math.nan):
 
 def test_a_step_whose_loss_is_not_finite_is_skipped_and_named(capsys):
     model, twin, batches = make_model(), make_model(), make_batches(6)
-    _, meter = train(model, batches, criterion=spoiled({2, 3}))
+    meter = train(model, batches, criterion=spoiled({2, 3})).meter
     by_hand(twin, batches[:2] + batches[4:])
     assert_same_weights(model, twin)
     assert meter.count == 4
@@ -298,7 +315,7 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_and_named(capsys):
 
 def test_the_third_loss_in_a_row_that_is_not_finite_ends_training():
     model, twin, batches = make_model(), make_model(), make_batches(12)
-    with pytest.raises(utils.Diverged, match=r"loss_base.*3 steps in a row, epoch 5, step 6"):
+    with pytest.raises(utils.Diverged, match=r"loss_base.*3 steps in a row, up to epoch 5, step 6"):
         train(model, batches, criterion=spoiled({1, 4, 5, 6}, "loss_base", math.inf))
     assert all(value.isfinite().all() for value in model.state_dict().values())
     by_hand(twin, [batches[0], batches[2], batches[3], *batches[7:10]])  # looked at every ten steps
@@ -306,8 +323,8 @@ def test_the_third_loss_in_a_row_that_is_not_finite_ends_training():
 
 
 def test_bad_losses_with_good_ones_between_do_not_end_training():
-    steps, _ = train(make_model(), make_batches(12), criterion=spoiled({0, 1, 3, 4, 6, 7, 9, 10}))
-    assert steps == 12
+    state = train(make_model(), make_batches(12), criterion=spoiled({0, 1, 3, 4, 6, 7, 9, 10}))
+    assert state.step == 12
 
 
 @pytest.mark.parametrize(
@@ -317,10 +334,10 @@ def test_twenty_gradients_in_a_row_that_are_not_finite_end_training(bad, ends):
     model, steps = make_model(), iter(range(10**6))
     model[2].weight.register_hook(lambda grad: grad * (math.inf if next(steps) in bad else 1))
     if ends:
-        with pytest.raises(utils.Diverged, match=r"20 steps in a row were skipped.*epoch 5, step 20"):
+        with pytest.raises(utils.Diverged, match=r"20 steps in a row had no finite gradient.*epoch 5, step 20"):
             train(model, make_batches(30))
     else:
-        assert train(model, make_batches(30))[0] == 30
+        assert train(model, make_batches(30)).step == 30
     assert model[2].weight.isfinite().all()
 
 
@@ -410,8 +427,8 @@ def one_right_of_17():
     return model, TensorDataset(dataset.tensors[0], labels)
 
 
-def distil(wrap=lambda model: model, share=slice(None)):
-    """Trains a tiny DeiT under a tiny CaiT by blocks out of order; returns its weights and the terms' meter."""
+def distill(wrap=None, share=slice(None)):
+    """Train a tiny DeiT under a tiny CaiT with blocks out of order; return its weights and the meter."""
     torch.manual_seed(0)
     kwargs = {"img_size": 32, "patch_size": 8, "num_heads": 3, "num_classes": CLASSES}
     teacher = timm.create_model("cait_xxs24_224", embed_dim=48, depth=3, **kwargs)
@@ -420,9 +437,8 @@ def distil(wrap=lambda model: model, share=slice(None)):
     criterion = DistillationLoss(nn.CrossEntropyLoss(), "soft", FrozenTeacher(teacher, [2, 0]), w_fft=2.0)
     generator = torch.Generator().manual_seed(4)
     batches = [(torch.randn(4, 3, 32, 32, generator=generator)[share], torch.tensor([0, 3, 6, 1])[share])] * 3
-    meter = utils.Meter(["loss", *TERMS])
-    train(wrap(model), batches, criterion=criterion, meter=meter, hooks=hooks)
-    return model.state_dict(), meter
+    state = train(model, batches, criterion=criterion, terms=["loss", *TERMS], hooks=hooks, wrap=wrap)
+    return model.state_dict(), state.meter
 
 
 # Two processes
@@ -433,11 +449,11 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-import test_engine, utils
+import faults, test_engine, utils
 from engine import evaluate
 from samplers import ShardSampler
 
-device = utils.init_distributed("cpu")
+device = faults.init_distributed("cpu")
 rank = utils.rank()
 result = {"scores": {}}
 for num_images in (1, 2, 3, 17):
@@ -451,16 +467,16 @@ result["not_shared"] = evaluate(model, DataLoader(dataset, 4), device=device, pr
 
 model = test_engine.make_model()
 shares = [(images[rank::2], labels[rank::2]) for images, labels in test_engine.make_batches(5)]
-_, meter = test_engine.train(DistributedDataParallel(model), shares, accum_steps=2)
+meter = test_engine.train(model, shares, wrap=DistributedDataParallel, accum_steps=2).meter
 result["terms"] = meter.averages(over_ranks=True)
 result["weights"] = utils.gather_objects({name: value.tolist() for name, value in model.state_dict().items()})
-weights, meter = test_engine.distil(DistributedDataParallel, slice(rank, None, 2))
+weights, meter = test_engine.distill(DistributedDataParallel, slice(rank, None, 2))
 result["distilled_terms"] = meter.averages(over_ranks=True)
 result["distilled"] = {name: value.tolist() for name, value in weights.items()}
 if rank == 0:
     with open(sys.argv[1], "w") as file:
         json.dump(result, file)
-utils.leave_distributed()
+faults.leave_distributed()
 """
 
 
@@ -478,6 +494,7 @@ def two_processes(tmp_path_factory):
 
 
 @pytest.mark.parametrize("num_images", [1, 2, 3, 17])
+@pytest.mark.slow
 def test_two_processes_count_every_image_once(two_processes, num_images):
     """Also where a process has no image at all."""
     _, dataset, logits = make_scored(num_images)
@@ -486,6 +503,7 @@ def test_two_processes_count_every_image_once(two_processes, num_images):
     assert {name: stats[name] for name in expected} == expected
 
 
+@pytest.mark.slow
 def test_two_processes_score_one_of_seventeen_as_5_88_percent(two_processes):
     """The original pads to 18 images, counts the first one twice, and prints 11.11."""
     for stats in (two_processes["shared"], two_processes["not_shared"]):
@@ -493,9 +511,10 @@ def test_two_processes_score_one_of_seventeen_as_5_88_percent(two_processes):
         assert round(stats["acc1"], 2) == 5.88
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_with_their_batches_together(two_processes):
     model = make_model()
-    _, meter = train(model, make_batches(5), accum_steps=2)
+    meter = train(model, make_batches(5), accum_steps=2).meter
     wanted = {name: value.tolist() for name, value in model.state_dict().items()}
     assert two_processes["terms"] == pytest.approx(meter.averages(), rel=1e-6)
     assert two_processes["weights"][0] == two_processes["weights"][1]
@@ -504,9 +523,10 @@ def test_two_processes_train_as_one_with_their_batches_together(two_processes):
         torch.testing.assert_close(got, torch.tensor(value, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
-def test_two_processes_distil_as_one(two_processes):
+@pytest.mark.slow
+def test_two_processes_distill_as_one(two_processes):
     """The hooks sit on the bare model inside DistributedDataParallel, and the teacher outside of it."""
-    weights, meter = distil()
+    weights, meter = distill()
     assert two_processes["distilled_terms"] == pytest.approx(meter.averages(), rel=1e-5)
     assert min(meter.averages().values()) > 0.01
     for name, value in weights.items():

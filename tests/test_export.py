@@ -1,100 +1,162 @@
-"""What --export writes is what the checkpoint holds, and timm loads it by itself."""
+"""An exported model is the trained one, and timm alone can load it."""
 
+import json
 from argparse import Namespace
 
 import pytest
 import timm
 import torch
-from conftest import STUDENT, distil, tiny_run
+from conftest import STUDENT, tiny_run
+from families import FAMILIES, assert_same_function, build
+from timm.models._hub import has_hf_hub
 
 import main
+import models
 import utils
+from export import card_facts, export_model
+from flags import key_values, parse_args
+from model_names import CONFIG_READERS
 
-KWARGS = main.key_values(STUDENT)
+KWARGS = key_values(STUDENT)
+DEIT = "deit_tiny_patch16_224"
 
 
-def export(checkpoint, file, *more):
-    main.main(main.parse_args(["--export", str(file), "--resume", str(checkpoint), *more]))
-    return file
+def export(checkpoint, folder, *more):
+    main.main(parse_args(tiny_run("--export", folder, "--resume", checkpoint, *more)))
+    return folder / "model.safetensors"
 
 
-def assert_same_model(name, file, weights, **kwargs):
-    """timm builds the model from the exported file alone, with these very weights and their logits."""
-    model = timm.create_model(name, checkpoint_path=str(file), **kwargs)
+def assert_same_model(file, weights, num_classes):
+    """timm builds the model from the exported file alone, with exactly these weights."""
+    model = timm.create_model(DEIT, checkpoint_path=str(file), num_classes=num_classes, **KWARGS)
     torch.testing.assert_close(model.state_dict(), weights, rtol=0, atol=0)
-    expected = timm.create_model(name, **kwargs)
-    expected.load_state_dict(weights)
-    size = kwargs.get("img_size", 64)
-    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        torch.testing.assert_close(model.eval()(images), expected.eval()(images), rtol=0, atol=0)
-
-
-def test_student_and_moving_average_of_a_run_load_in_timm(tmp_path, teacher_file, capsys):
-    out = tmp_path / "run"
-    main.main(main.parse_args(tiny_run("--output_dir", out, "--model-ema-decay", 0.5, *distil(teacher_file))))
-    checkpoint = torch.load(out / "model_best.pth", weights_only=True)
-    student = export(out / "model_best.pth", tmp_path / "student.safetensors")
-    average = export(out / "model_best.pth", tmp_path / "average.safetensors", "--eval-ema")
-    assert f"wrote {len(checkpoint['model'])} tensors to {student}" in capsys.readouterr().out
-    assert any(not torch.equal(checkpoint["model"][k], v) for k, v in checkpoint["model_ema"].items())
-    for file, key in ((student, "model"), (average, "model_ema")):
-        assert_same_model("deit_tiny_patch16_224", file, checkpoint[key], num_classes=24, **KWARGS)
-
-
-@pytest.mark.parametrize(
-    ("name", "kwargs"),
-    [
-        ("deit_tiny_distilled_patch16_224", KWARGS),
-        (
-            "swin_tiny_patch4_window7_224",
-            {"img_size": 64, "window_size": 2, "embed_dim": 12, "num_heads": (1, 1, 2, 2)},
-        ),
-        ("cait_s24_224", {"img_size": 32, "embed_dim": 24, "num_heads": 2, "depth": 2}),
-        ("regnety_160", {"w0": 16, "wa": 16, "wm": 2, "group_size": 8, "depth": 8}),
-    ],
-)
-def test_every_family_of_the_recipes_exports(name, kwargs, tmp_path):
-    weights = timm.create_model(name, num_classes=5, **kwargs).state_dict()
-    torch.save({"model": weights}, tmp_path / "checkpoint.pth")
-    file = export(tmp_path / "checkpoint.pth", tmp_path / "model.safetensors")
-    assert_same_model(name, file, weights, num_classes=5, **kwargs)
 
 
 def test_a_checkpoint_of_the_original_exports(tmp_path):
     """It holds a Namespace, and names as DistributedDataParallel has them."""
-    weights = timm.create_model("deit_tiny_patch16_224", num_classes=3, **KWARGS).state_dict()
+    weights = timm.create_model(DEIT, num_classes=3, **KWARGS).state_dict()
     wrapped = {f"module.{name}": tensor for name, tensor in weights.items()}
     torch.save({"model": weights, "model_ema": wrapped, "args": Namespace(epochs=3)}, tmp_path / "checkpoint.pth")
     for flags in ([], ["--eval-ema"]):
-        file = export(tmp_path / "checkpoint.pth", tmp_path / "model.safetensors", *flags)
-        assert_same_model("deit_tiny_patch16_224", file, weights, num_classes=3, **KWARGS)
+        assert_same_model(export(tmp_path / "checkpoint.pth", tmp_path / "out", *flags), weights, 3)
 
 
-def test_tensors_that_share_memory_or_are_not_contiguous_export(tmp_path):
-    model = timm.create_model("deit_tiny_patch16_224", num_classes=3, **KWARGS)
-    weights = model.state_dict()
-    whole = torch.randn(2, *weights["norm.weight"].shape)
-    weights["norm.weight"], weights["norm.bias"] = whole[0], whole[0]
-    weights["head.weight"] = torch.randn(24, 3).T
-    torch.save(weights, tmp_path / "weights.pth")
-    file = export(tmp_path / "weights.pth", tmp_path / "model.safetensors")
-    assert_same_model("deit_tiny_patch16_224", file, weights, num_classes=3, **KWARGS)
+@pytest.mark.parametrize(
+    ("content", "flags", "message"),
+    [
+        ({"weight": torch.ones(3)}, ["--eval-ema"], "no (EMA|moving average)"),
+        ({"weight": torch.ones(3)}, [], "weights do not fit"),
+        ({}, [], "has no weights"),
+    ],
+)
+def test_a_refused_export_leaves_no_file(content, flags, message, tmp_path):
+    torch.save({"model": content, "args": {}}, tmp_path / "checkpoint.pth")
+    with pytest.raises(utils.UserError, match=message):
+        export(tmp_path / "checkpoint.pth", tmp_path / "out", *flags)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pth"]
 
 
-def test_what_cannot_be_exported_is_said_and_leaves_no_file(tmp_path):
-    torch.save({"model": {"weight": torch.ones(3)}}, tmp_path / "bare.pth")
-    (tmp_path / "folder.safetensors").mkdir()
-    cases = [
-        (tmp_path / "model.pth", [], r"must end in \.safetensors"),
-        (tmp_path / "missing" / "model.safetensors", [], "--export .*No such file or directory"),
-        (tmp_path / "folder.safetensors", [], "--export .*[Ii]s a directory"),
-        (tmp_path / "model.safetensors", ["--eval-ema"], "no moving average"),
+# timm's own format
+
+
+CLASSES = ["ant", "bee", "cat", "dog", "emu"]
+RECIPES = ["deit_tiny_distilled_patch16_224", "swin_tiny_patch4_window7_224", "cait_s24_224", "regnety_160"]
+has_local_dir = pytest.mark.skipif(CONFIG_READERS["local-dir"] is None, reason="old timm")
+
+
+def export_tiny(name, folder, **kwargs):
+    model = build(name)
+    export_model(model, folder, input_size=64, classes=CLASSES, model_args=FAMILIES[name], **kwargs)
+    return model
+
+
+@has_local_dir
+@pytest.mark.parametrize("name", RECIPES)
+def test_timm_loads_an_exported_folder(name, tmp_path):
+    model = export_tiny(name, tmp_path / "out", crop_ratio=0.9)
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    assert_same_function(loaded, model)
+    data = timm.data.resolve_model_data_config(loaded)
+    assert models.normalization(loaded) == models.normalization(model)
+    assert (tuple(data["input_size"]), data["crop_pct"]) == ((3, 64, 64), 0.9)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_old_releases_of_timm_load_an_exported_file(name, tmp_path):
+    model = export_tiny(name, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    args = {"num_classes": 5} | config["model_args"]
+    loaded = timm.create_model(config["architecture"], checkpoint_path=str(tmp_path / "model.safetensors"), **args)
+    assert_same_function(loaded.eval(), model)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Return the folder of owner/name in an offline cache of the hub."""
+    if not has_hf_hub():
+        pytest.skip("this timm does not work with this huggingface_hub")
+    repository = tmp_path / "hub" / "models--owner--name"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return repository / "snapshots" / ("0" * 40)
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "regnety_160"])
+def test_an_exported_model_comes_back_from_the_hub(name, hub):
+    model = export_tiny(name, hub)
+    loaded = models.build_model("hf-hub:owner/name", 5, input_size=64, pretrained=True).eval()
+    assert_same_function(loaded, model)
+    assert models.class_names(loaded, "hf-hub:owner/name", True, 5) == CLASSES
+    larger = models.build_model("hf-hub:owner/name", 7, input_size=96, pretrained=True).eval()
+    assert larger(torch.zeros(1, 3, 96, 96)).shape == (1, 7)
+    assert models.class_names(larger, "hf-hub:owner/name", True, 7) is None
+
+
+def test_a_model_that_the_hub_does_not_have_is_one_line(hub):
+    with pytest.raises(utils.UserError, match=r"^model hf-hub:owner/none: cannot read its config.json: .*$"):
+        models.build_model("hf-hub:owner/none", 5)
+
+
+def test_the_model_card_tells_what_the_run_was(tmp_path):
+    lines = [
+        {"epoch": e, "test_acc1": a, "test_acc5": 90.0, "test_ema_acc1": 60.0} for e, a in enumerate((40.0, 51.0, 50.0))
     ]
-    for file, more, message in cases:
-        with pytest.raises(utils.UserError, match=message):
-            export(tmp_path / "bare.pth", file, *more)
-    torch.save({"model": {}, "args": {}}, tmp_path / "empty.pth")
-    with pytest.raises(utils.UserError, match="holds no weights"):
-        export(tmp_path / "empty.pth", tmp_path / "model.safetensors")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bare.pth", "empty.pth", "folder.safetensors"]
+    (tmp_path / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    args = {"data_set": "IMNET", "epochs": 3, "lr": 0.001, "distillation_type": "soft"}
+    args |= {"teacher_model": "cait_s24_224", "s_id": [0, 1], "t_id": [0, 11]}
+    export_tiny("resnet18", tmp_path, facts=card_facts(args, tmp_path / "log.txt", command="main.py @run.args"))
+    card = (tmp_path / "README.md").read_text()
+    for fact in (
+        "**Accuracy:** top-1 51.00%, top-5 90.00% on IMNET, epoch 1",
+        "**Recipe:** epochs 3, lr 0.001",
+        "**Teacher:** cait_s24_224 (soft distillation; blocks 0 <- 0, 1 <- 11)",
+        "**Command line:** `main.py @run.args`",
+        f"timm {timm.__version__}",
+    ):
+        assert fact in card
+    assert card_facts(args, tmp_path / "log.txt", epoch=2)["Accuracy"].startswith("top-1 50.00%")
+    assert card_facts(args, tmp_path / "log.txt", ema=True)["Accuracy"] == "top-1 60.00% on IMNET, epoch 0"
+    assert "Accuracy" not in card_facts({}, None)
+
+
+def test_an_export_over_a_file_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(utils.UserError, match=r"cannot export to .*file: .*exists"):
+        export_tiny("resnet18", tmp_path / "file")
+
+
+@pytest.mark.slow
+@has_local_dir
+def test_an_exported_model_runs_in_onnx(tmp_path):
+    for package in ("onnx", "onnxruntime"):
+        pytest.importorskip(package)
+    from timm.utils.onnx import onnx_export, onnx_forward
+
+    model = export_tiny("deit_tiny_patch16_224", tmp_path)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, exportable=True).eval()
+    file, images = str(tmp_path / "model.onnx"), torch.randn(2, 3, 64, 64)
+    onnx_export(loaded, file, example_input=images)
+    found = torch.from_numpy(onnx_forward(file, images))
+    torch.testing.assert_close(found, model(images).detach(), rtol=1e-4, atol=1e-5)

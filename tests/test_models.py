@@ -1,294 +1,189 @@
-"""Building timm's families, loading every kind of weights file into them, and the teacher that the program makes."""
-
-import re
+"""Models are built as asked, and what cannot be built is refused in one line."""
 
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
-from safetensors.torch import save_file
+import torchvision
+from families import FAMILIES, VIT, build, images
 
-import main
+import builders
 import models
 import utils
+from flags import parse_args
 
-VIT = {"embed_dim": 24, "depth": 2, "num_heads": 3}
-CAIT = {"embed_dim": 24, "depth": 2, "num_heads": 3}
-SWIN = {"window_size": 2, "embed_dim": 12, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 3, 4)}
-RESNET = {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16)}
-FAMILIES = {
-    "deit_tiny_patch16_224": VIT,
-    "deit_tiny_distilled_patch16_224": VIT,
-    "deit3_small_patch16_224": VIT,
-    "vit_tiny_patch16_224": VIT,
-    "cait_s24_224": CAIT,
-    "swin_tiny_patch4_window7_224": SWIN,
-    "resnet18": RESNET,
-    "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)},
-    "regnety_002": {},
-}
-
-
-def build(name, num_classes=5, *, seed=0, input_size=64, **kwargs):
-    """A tiny model in eval mode whose every parameter is random: a fresh model has zeros that hide mistakes."""
-    torch.manual_seed(seed)
-    model = models.build_model(name, num_classes, input_size=input_size, kwargs=FAMILIES[name] | kwargs).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.02)
-    return model
-
-
-def images(size=64):
-    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
-
-
-@torch.no_grad()
-def assert_same_function(one, other, size=64):
-    torch.testing.assert_close(one(images(size)), other(images(size)), rtol=0, atol=0)
-
-
-# Building
+DEIT = "deit_tiny_patch16_224"
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("input_size", [64, 96])
 @torch.no_grad()
-def test_every_family_takes_the_input_size_and_the_class_count(name, input_size):
-    model = build(name, 5, input_size=input_size)
-    assert model(images(input_size)).shape == (2, 5)
+def test_input_size_and_class_count_are_honored(name):
+    assert build(name, 5, input_size=96)(images(96)).shape == (2, 5)
 
 
 @torch.no_grad()
-def test_an_image_size_among_the_keyword_arguments_wins():
-    model = build("deit_tiny_patch16_224", input_size=224, img_size=32)
-    assert model(images(32)).shape == (2, 5)
+def test_img_size_among_the_kwargs_wins():
+    assert build(DEIT, input_size=224, img_size=32)(images(32)).shape == (2, 5)
 
 
 def test_dropout_and_stochastic_depth_reach_the_model():
-    model = models.build_model("deit_tiny_patch16_224", 5, input_size=64, kwargs=VIT, drop=0.3, drop_path=0.2)
+    model = models.build_model(DEIT, 5, input_size=64, kwargs=VIT, drop=0.3, drop_path=0.2)
     assert model.head_drop.p == 0.3
     assert model.blocks[1].drop_path1.drop_prob == pytest.approx(0.2)
 
 
-def test_a_family_without_stochastic_depth_is_built_where_none_is_asked():
-    with pytest.raises(TypeError, match="drop_path_rate"):
-        timm.create_model("dla46_c", drop_path_rate=0.0)
-    assert models.build_model("dla46_c", 3, drop=0.2).head_drop.p == 0.2
-    with pytest.raises(utils.UserError, match=r"timm cannot build dla46_c: .*drop_path_rate"):
-        models.build_model("dla46_c", 3, drop_path=0.1)
+@pytest.mark.parametrize("name", ["dla46_c", "hrnet_w18_small"])
+def test_families_without_stochastic_depth_can_be_built(name):
+    assert models.build_model(name, 3).num_classes == 3
 
 
-def test_an_argument_that_the_model_does_not_have_is_named():
-    with pytest.raises(utils.UserError, match=r"timm cannot build deit_tiny_patch16_224: .*'dephts'"):
-        models.build_model("deit_tiny_patch16_224", 5, kwargs={"dephts": 3})
+def test_stochastic_depth_is_off_unless_asked_for():
+    """timm's Swin has it by default."""
+    model = build("swin_tiny_patch4_window7_224")
+    assert not [module for module in model.modules() if getattr(module, "drop_prob", 0)]
 
 
 @pytest.mark.parametrize(
-    ("wrong", "near"),
+    ("name", "kwargs", "message"),
     [
-        ("deit_tinny_patch16_224", "deit_tiny_patch16_224"),
-        ("cait_s24", "cait_s24_224"),
-        ("swin_tiny_patch4_window7", "swin_tiny_patch4_window7_224"),
+        *((name, {"global_pool": ""}, "but logits are needed") for name in (DEIT, "resnet18", "convnext_atto")),
+        (DEIT, {"features_only": True}, "but logits are needed"),
+        (DEIT, {"dephts": 3}, "'dephts'"),
+        ("dla46_c", {"drop_path_rate": 0.1}, "drop_path_rate"),
     ],
 )
-def test_an_unknown_model_is_refused_with_the_nearest_names(wrong, near):
+def test_wrong_arguments_of_a_model_are_refused(name, kwargs, message):
+    with pytest.raises(utils.UserError, match=f"timm cannot build {name}: .*{message}"):
+        models.build_model(name, 5, kwargs=FAMILIES.get(name, {}) | kwargs)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("deit_tinny_patch16_224", rf"timm has no model deit_tinny_patch16_224: try .*\b{DEIT}\b"),
+        ("timm/resnet", "timm has no model timm/resnet: try "),
+        ("cait_s24_224.nowhere", r"Invalid pretrained tag \(nowhere\)"),
+        ("hf-hub:resnet18", "expected a name of timm, hf-hub:owner/name or local-dir:FOLDER"),
+        ("s3:owner/name", "expected a name of timm, hf-hub:owner/name or local-dir:FOLDER"),
+        ("local-dir:nowhere", "no nowhere/config.json|has no local-dir: models"),
+    ],
+)
+def test_a_name_that_no_source_has_is_refused(name, message):
     for check in (models.check_name, lambda name: models.build_model(name, 5)):
-        with pytest.raises(utils.UserError, match=rf"timm has no model {wrong}: try .*\b{near}\b"):
-            check(wrong)
+        with pytest.raises(utils.UserError, match=message):
+            check(name)
 
 
-def test_a_name_may_carry_the_tag_of_its_weights():
-    models.check_name("swin_small_patch4_window7_224.ms_in1k")
-    models.check_name("cait_s24_224")
+def test_a_name_may_carry_a_source_and_a_pretrained_tag():
+    models.check_name("hf-hub:owner/name")
+    assert models.build_model("timm/resnet18.a1_in1k", 5, kwargs=FAMILIES["resnet18"]).num_classes == 5
 
 
-# Loading
+@torch.no_grad()
+def test_a_model_registered_by_the_user_builds():
+    def my_resnet(pretrained=False, num_classes=1000, **kwargs):
+        return torchvision.models.resnet18(num_classes=num_classes)
+
+    timm.models.register_model(my_resnet)
+    model = models.build_model("my_resnet", 5, input_size=64)
+    assert model.eval()(images()).shape == (2, 5)
+    assert models.normalization(model) == IMAGENET
+    note = models.load_weights(model, models.build_model("my_resnet", 7).state_dict(), head="fresh")
+    assert note == "the file's head has 7 classes, not 5; a fresh head is trained"
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_the_weights_of_a_model_fit_its_twin(name):
-    source, model = build(name), build(name, seed=1)
-    assert models.load_weights(model, source.state_dict()) is None
-    assert_same_function(model, source)
+@pytest.mark.parametrize(("name", "expected"), [("vit_tiny_patch16_224", ((0.5,) * 3, (0.5,) * 3)), (DEIT, IMAGENET)])
+def test_normalization_is_the_models_own(name, expected):
+    assert models.normalization(build(name)) == expected
 
 
-@pytest.mark.parametrize("layout", ["bare", "DeiT", "state_dict", "module", "compiled", "safetensors"])
-def test_every_kind_of_file_is_read(layout, tmp_path):
-    source, model = build("deit_tiny_patch16_224"), build("deit_tiny_patch16_224", seed=1)
-    weights, path = source.state_dict(), tmp_path / "weights.pth"
-    prefixed = {f"module._orig_mod.{key}": value for key, value in weights.items()}
-    if layout == "safetensors":
-        path = path.with_suffix(".safetensors")
-        save_file(weights, path)
-    else:
-        content = {
-            "bare": weights,
-            "DeiT": {"model": weights, "optimizer": {"state": {}}, "epoch": 3, "args": {"lr": 0.1}},
-            "state_dict": {"state_dict": weights},
-            "module": {"model": {f"module.{key}": value for key, value in weights.items()}},
-            "compiled": {"model": prefixed},
-        }
-        torch.save(content[layout], path)
-    models.load_weights(model, utils.extract_weights(utils.load_checkpoint(path)))
-    assert_same_function(model, source)
+def test_only_attention_position_and_heads_are_trained():
+    model = build("deit_tiny_distilled_patch16_224")
+    models.freeze_all_but_attention(model)
+    trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad and ".attn." not in name}
+    assert trained == {"pos_embed", "head", "head_dist"}
+    assert all(p.requires_grad for name, p in model.named_parameters() if ".attn." in name)
+    with pytest.raises(utils.UserError, match="resnet18 has no attention blocks"):
+        models.freeze_all_but_attention(build("resnet18"))
 
 
-def test_the_moving_average_is_taken_where_it_is_asked_for():
-    one, two = {"w": torch.zeros(1)}, {"w": torch.ones(1)}
-    for key in ("model_ema", "state_dict_ema"):
-        assert utils.extract_weights({"model": one, key: two}, ema=True)["w"] == 1
-    with pytest.raises(utils.UserError, match="holds no moving average"):
-        utils.extract_weights({"model": one, "model_ema": None}, ema=True)
-    with pytest.raises(utils.UserError, match="holds no weights"):
-        utils.extract_weights({"epoch": 3})
+@pytest.mark.parametrize(("name", "found"), [("resnet18", True), (DEIT, False)])
+def test_batch_norm_is_found(name, found):
+    assert models.has_batch_norm(build(name)) is found
 
 
-def test_files_of_the_authors_of_swin_load():
-    """Their stages end with the downsampling that timm's begin with, and their head is no module of its own."""
-    source, model = build("swin_tiny_patch4_window7_224"), build("swin_tiny_patch4_window7_224", seed=1)
-    weights = {}
-    for key, value in source.state_dict().items():
-        key = re.sub(r"layers\.(\d)\.downsample", lambda found: f"layers.{int(found[1]) - 1}.downsample", key)
-        weights[key.replace("head.fc.", "head.")] = value
-    weights["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(4, 4, dtype=torch.int64)
-    assert "layers.0.downsample.reduction.weight" in weights
-    models.load_weights(model, weights)
-    assert_same_function(model, source)
-
-
-def grow(embedding, prefix, side):
-    """Position embeddings (1, N, C) on a side x side grid: bicubic for the patches, nothing for the prefix."""
-    start, grid = embedding[:, :prefix], embedding[:, prefix:]
-    old = int(grid.shape[1] ** 0.5)
-    grid = grid.reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=(side, side), mode="bicubic", antialias=True)
-    return torch.cat([start, grid.flatten(2).transpose(1, 2)], dim=1)
+def resnet_of_file(path, num_classes, config, pretrained=True):
+    """Return a ResNet for whose pretrained weights timm takes random ones from a file."""
+    config = {"file": str(path / "weights.pth"), "num_classes": num_classes, **config}
+    torch.save(build("resnet18", config["num_classes"]).state_dict(), config["file"])
+    kwargs = FAMILIES["resnet18"] | {"pretrained_cfg_overlay": config}
+    return models.build_model("resnet18", num_classes, kwargs=kwargs, pretrained=pretrained)
 
 
 @pytest.mark.parametrize(
-    ("name", "prefix"),
+    ("config", "num_classes", "pretrained", "name", "names"),
     [
-        ("deit_tiny_patch16_224", 1),
-        ("deit_tiny_distilled_patch16_224", 2),
-        ("deit3_small_patch16_224", 0),
-        ("cait_s24_224", 0),
+        ({}, 1000, True, "resnet18", ["n01440764", "n01443537"]),
+        ({}, 1000, True, "hf-hub:timm/resnet18.a1_in1k", ["n01440764", "n01443537"]),
+        ({}, 1000, True, "hf-hub:owner/name", None),  # ImageNet's names are for timm's own weights only
+        ({"label_names": ["cat", "dog"]}, 2, True, "resnet18", ["cat", "dog"]),
+        ({"label_names": {"1": "dog", "0": "cat"}}, 2, True, "resnet18", ["cat", "dog"]),
+        ({}, 2, True, "resnet18", None),  # unknown classes
+        ({}, 1000, False, "resnet18", None),  # random weights know no classes
+        ({"num_classes": 3, "label_names": ["cat", "dog", "cow"]}, 2, True, "resnet18", None),  # a fresh head
     ],
 )
-@pytest.mark.parametrize(("old", "new"), [(64, 96), (96, 64)])
-@torch.no_grad()
-def test_position_embeddings_are_resampled_to_another_image_size(name, prefix, old, new):
-    source, model = build(name, input_size=old), build(name, seed=1, input_size=new)
-    models.load_weights(model, source.state_dict())
-    expected = grow(source.pos_embed, prefix, new // 16)
-    torch.testing.assert_close(model.pos_embed, expected, rtol=1e-5, atol=1e-6)
-    for key, value in model.state_dict().items():
-        if key != "pos_embed":
-            torch.testing.assert_close(value, source.state_dict()[key], rtol=0, atol=0)
-    assert model(images(new)).shape == (2, 5)
-
-
-@torch.no_grad()
-def test_weights_of_the_hub_are_resampled_to_another_image_size(tmp_path):
-    source = build("cait_s24_224", input_size=224)
-    torch.save(source.state_dict(), tmp_path / "hub.pth")
-    kwargs = {**CAIT, "pretrained_cfg_overlay": {"file": str(tmp_path / "hub.pth"), "num_classes": 5}}
-    model = models.build_model("cait_s24_224", 5, input_size=64, kwargs=kwargs, pretrained=True)
-    torch.testing.assert_close(model.pos_embed, grow(source.pos_embed, 0, 4), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(model.head.weight, source.head.weight, rtol=0, atol=0)
-
-
-def test_the_authors_own_names_of_the_layer_scale_of_deit3_load():
-    source, model = build("deit3_small_patch16_224"), build("deit3_small_patch16_224", seed=1)
-    weights = {re.sub(r"ls([12])\.gamma", r"gamma_\1", key): value for key, value in source.state_dict().items()}
-    assert "blocks.0.gamma_1" in weights
-    models.load_weights(model, weights)
-    assert_same_function(model, source)
-
-
-@torch.no_grad()
-def test_relative_positions_of_swin_are_resampled_to_another_window():
-    source = build("swin_tiny_patch4_window7_224")
-    model = build("swin_tiny_patch4_window7_224", seed=1, input_size=96, window_size=3)
-    models.load_weights(model, source.state_dict())
-    small, large = (m.layers[0].blocks[0].attn.relative_position_bias_table for m in (source, model))
-    assert (len(small), len(large)) == (9, 25)
-    # centre and corners of the table of offsets keep their place
-    torch.testing.assert_close(large.view(5, 5)[2, 2], small.view(3, 3)[1, 1], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(large.view(5, 5)[0, 4], small.view(3, 3)[0, 2], rtol=1e-4, atol=1e-5)
-    assert model(images(96)).shape == (2, 5)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_head_of_another_class_count_is_refused(name):
-    """The original puts a fresh head into the teacher without a word."""
-    model = build(name, 5)
-    with pytest.raises(utils.UserError, match=rf"do not fit {name}: its head has 7 classes, 5 are needed"):
-        models.load_weights(model, build(name, 7, seed=1).state_dict())
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_fine_tuning_keeps_its_own_head_and_says_so(name):
-    source, model = build(name, 7), build(name, 5, seed=1)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    assert models.load_weights(model, source.state_dict(), replace_head=True) == 7
-    heads = model.pretrained_cfg["classifier"]
-    heads = (heads,) if isinstance(heads, str) else heads
-    for key, value in model.state_dict().items():
-        wanted = before if key.startswith(tuple(f"{head}." for head in heads)) else source.state_dict()
-        torch.testing.assert_close(value, wanted[key], rtol=0, atol=0, msg=key)
+def test_class_names_are_those_of_the_weights(config, num_classes, pretrained, name, names, tmp_path):
+    model = resnet_of_file(tmp_path, num_classes, config, pretrained)
+    found = models.class_names(model, name, pretrained, num_classes)
+    assert (found and found[:2]) == names
+    assert found is None or len(found) == num_classes
 
 
 @pytest.mark.parametrize(
-    ("source", "message"),
-    [("vit_tiny_patch16_224", "have other shapes"), ("cait_s24_224", ""), ("resnet18", "missing")],
+    ("name", "kwargs", "input_size", "size"),
+    [
+        (DEIT, VIT, 96, 96),  # built at our size
+        (DEIT, {**VIT, "img_size": 64}, 96, 64),  # as asked
+        ("levit_128s", FAMILIES["levit_128s"], 64, 224),  # cannot resample its attention biases
+        ("resnet18", FAMILIES["resnet18"], 64, 64),
+    ],
 )
-def test_weights_of_another_model_are_refused_in_one_line(source, message):
-    weights = build(source, **({"embed_dim": 48} if source.startswith("vit") else {})).state_dict()
-    with pytest.raises(utils.UserError, match=f"the weights do not fit deit_tiny_patch16_224: (.|\n)*{message}"):
-        models.load_weights(build("deit_tiny_patch16_224"), weights)
+@torch.no_grad()
+def test_a_teacher_is_built_at_our_size_or_its_own(name, kwargs, input_size, size):
+    weights = models.build_model(name, 0, input_size=size, kwargs=kwargs).state_dict()
+    model, found = models.build_teacher(name, 0, input_size=input_size, kwargs=kwargs, weights=weights)
+    assert found == size
+    assert not model.training
+    assert model(images(size)).ndim == 2
 
 
-# The teacher
-
-
-def teacher_of(path, *flags, student="deit_tiny_patch16_224", teacher="vit_tiny_patch16_224", classes=5):
-    """The teacher that the program builds for these flags, beside its student."""
+def teacher_of(path, source):
+    """Return the frozen teacher that main.py builds beside a DeiT student from the weights of a model."""
+    torch.save(source.state_dict(), path / "teacher.pth")
     kwargs = [f"{key}={value}" for key, value in VIT.items()]
-    args = main.parse_args(
+    args = parse_args(
         [
-            *("--data-set", "GRATINGS", "--input-size", "64", "--model", student, "--model-kwargs", *kwargs),
-            *("--distillation-type", "soft", "--s-id", "0", "--t-id", "1"),
-            *("--teacher-model", teacher, "--teacher-kwargs", *kwargs, "--teacher-path", str(path), *flags),
+            *("--data-set", "GRATINGS", "--input-size", "64", "--model", DEIT, "--model-kwargs", *kwargs),
+            *("--distillation-type", "soft", "--s-id", "0", "--t-id", "1", "--teacher-kwargs", *kwargs),
+            *("--teacher-model", source.pretrained_cfg["architecture"], "--teacher-path", str(path / "teacher.pth")),
         ]
     )
-    return main.build_teacher(args, classes, torch.device("cpu"), main.build_student(args, classes))
+    return builders.build_teacher(args, list("abcde"), torch.device("cpu"), builders.build_student(args, 5))
 
 
 @torch.no_grad()
-def test_a_teacher_of_another_mean_and_deviation_gets_its_own_normalisation(tmp_path):
-    source = build("vit_tiny_patch16_224")
-    torch.save(source.state_dict(), tmp_path / "teacher.pth")
-    teacher = teacher_of(tmp_path / "teacher.pth")
-    pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    normalised = []
-    for model in (timm.create_model("deit_tiny_patch16_224", **VIT), source):
-        mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
-        normalised.append((pixels - mean) / std)
-    assert not torch.equal(*normalised)
-    logits, maps = teacher(normalised[0])
-    torch.testing.assert_close(logits, source(normalised[1]), rtol=1e-4, atol=1e-5)
+def test_a_teacher_gets_images_in_its_own_normalization(tmp_path):
+    source, pixels = build("vit_tiny_patch16_224"), images().sigmoid()
+    for_student, for_teacher = (
+        (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+        for mean, std in (IMAGENET, models.normalization(source))
+    )
+    logits, maps = teacher_of(tmp_path, source)(for_student)
+    torch.testing.assert_close(logits, source(for_teacher), rtol=1e-4, atol=1e-5)
     assert [tuple(each.shape) for each in maps] == [(2, 24, 4, 4)]
 
 
-def test_a_teacher_of_the_same_normalisation_gets_the_images_as_they_are(tmp_path):
-    torch.save(build("deit3_small_patch16_224").state_dict(), tmp_path / "teacher.pth")
-    teacher = teacher_of(tmp_path / "teacher.pth", teacher="deit3_small_patch16_224")
-    assert teacher.scale is None
-    assert teacher.shift is None
-
-
 def test_a_teacher_for_other_classes_is_refused(tmp_path):
-    torch.save(build("vit_tiny_patch16_224", 7).state_dict(), tmp_path / "teacher.pth")
-    with pytest.raises(utils.UserError, match="its head has 7 classes, 5 are needed"):
-        teacher_of(tmp_path / "teacher.pth")
+    with pytest.raises(utils.UserError, match="has 7 unnamed classes, but the data set has 5"):
+        teacher_of(tmp_path, build("vit_tiny_patch16_224", 7))

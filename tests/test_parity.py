@@ -15,11 +15,14 @@ from torch import nn
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+import builders
 import main
 import models
 import spectral
-import utils
-from engine import evaluate, train_one_epoch
+from checkpoint import TrainState
+from engine import ConstantScaler, DivergenceWatch, evaluate, train_one_epoch
+from flags import parse_args
+from weights import load_checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"
 REFERENCE = GOLDEN / "reference_checkpoint.pth"
@@ -33,8 +36,8 @@ CPU = torch.device("cpu")
 def test_every_epoch_has_the_learning_rate_of_the_original(name):
     case = json.loads((GOLDEN / "learning_rate.json").read_text())[name]
     flags = ["--data-set", "GRATINGS", *case["args"].split(), "--batch-size", str(case["global_batch"])]
-    args = main.parse_args(flags)
-    optimizer, scheduler, num_epochs = main.build_optimizer(args, nn.Linear(2, 2))
+    args = parse_args(flags)
+    optimizer, scheduler, num_epochs = builders.build_optimizer(args, nn.Linear(2, 2), nn.Module())
     used = []
     for epoch in range(num_epochs):
         used.append(optimizer.param_groups[0]["lr"])
@@ -95,34 +98,22 @@ def replay(golden, tmp_path_factory):
     """Trains on the run's images with what `main` builds, in the order in which it does: terms, statistics, the end."""
     teacher_path = tmp_path_factory.mktemp("teacher") / "teacher.pth"
     torch.save(golden["teacher_weights"], teacher_path)
-    args = main.parse_args(["--data-set", "GRATINGS", *trajectory_flags(golden, teacher_path)])
-    model = main.build_student(args, golden["num_classes"])
+    args = parse_args(["--data-set", "GRATINGS", *trajectory_flags(golden, teacher_path)])
+    model = builders.build_student(args, golden["num_classes"])
     models.load_weights(model, golden["student_init_weights"])
     ema = ModelEmaV3(model, args.model_ema_decay)
-    hooks = spectral.FeatureHooks(model, main.feature_ids(args)[0])
-    criterion = Recorder(main.build_criterion(args, main.build_teacher(args, golden["num_classes"], CPU, model)))
-    optimizer, scheduler, num_epochs = main.build_optimizer(args, model)
+    teacher = builders.build_teacher(args, list("abcdefghij"), CPU, model)
+    hooks = spectral.FeatureHooks(model, builders.feature_ids(args, model, teacher.model)[0])
+    criterion = Recorder(builders.build_criterion(args, model, teacher))
+    optimizer, scheduler, num_epochs = builders.build_optimizer(args, model, nn.Module())
     common = {"device": CPU, "prepare": nn.Identity()}  # the images are stored as the models see them
-    epochs = []
+    state, epochs = TrainState(model, optimizer, scheduler, ConstantScaler("cpu"), ema, main.TERMS), []
     for epoch in range(num_epochs):
-        meter = main.new_meter()
-        train_one_epoch(
-            model,
-            hooks,
-            criterion,
-            golden["batches"],
-            optimizer=optimizer,
-            scaler=main.ConstantScaler("cpu"),
-            meter=meter,
-            epoch=epoch,
-            seed_step=lambda *where: None,
-            should_stop=lambda: False,
-            update_ema=lambda: ema.update(model),
-            **common,
-        )
-        train = {"lr": optimizer.param_groups[0]["lr"], **meter.averages()}
+        train_one_epoch(state, golden["batches"], criterion, hooks, watch=DivergenceWatch(), **common)
+        train = {"lr": optimizer.param_groups[0]["lr"], **state.meter.averages()}
         test = evaluate(model, golden["batches"], **common)
-        scheduler.step(epoch, test["acc1"])
+        scheduler.step(epoch)
+        state.finish_epoch(test["acc1"])
         epochs.append({"train": train, "test": test})
     return {"steps": criterion.steps, "epochs": epochs, "model": model, "ema": ema.module}
 
@@ -160,7 +151,7 @@ def test_the_run_ends_with_the_weights_and_the_moving_average_of_the_original(go
 
 
 def load_reference():
-    return utils.load_checkpoint(REFERENCE)
+    return load_checkpoint(REFERENCE)
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +175,7 @@ def run(golden, folder):
 
     def run(*flags, data=folder):
         common = ["--data-path", str(data), "--batch-size", "4", "--num_workers", "0", "--device", "cpu"]
-        return main.main(main.parse_args([*model_flags(golden), *common, *map(str, flags)]))
+        return main.main(parse_args([*model_flags(golden), *common, *map(str, flags)]))
 
     return run
 
@@ -205,6 +196,7 @@ def score_by_hand(golden, folder, weights):
 
 
 @pytest.mark.parametrize(("flags", "key"), [([], "model"), (["--eval-ema"], "model_ema")])
+@pytest.mark.slow
 def test_the_checkpoint_of_the_original_evaluates(golden, folder, run, flags, key):
     stats = run("--eval", "--resume", REFERENCE, *flags)
     wanted = score_by_hand(golden, folder, load_reference()[key])
@@ -212,11 +204,11 @@ def test_the_checkpoint_of_the_original_evaluates(golden, folder, run, flags, ke
 
 
 def test_the_checkpoint_of_the_original_restores_weights_average_and_optimizer(golden):
-    args = main.parse_args(["--data-set", "GRATINGS", *model_flags(golden)])
-    model = main.build_student(args, 10)
+    args = parse_args(["--data-set", "GRATINGS", "--batch-size", "4", *model_flags(golden)])
+    model = builders.build_student(args, 10)
     ema = ModelEmaV3(model, args.model_ema_decay)
-    optimizer, scheduler, _ = main.build_optimizer(args, model)
-    state = main.RunState(model, optimizer, scheduler, main.ConstantScaler("cpu"), ema)
+    optimizer, scheduler, _ = builders.build_optimizer(args, model, nn.Module())
+    state = TrainState(model, optimizer, scheduler, ConstantScaler("cpu"), ema, main.TERMS)
     reference = load_reference()
     state.load(reference, args)
     assert (state.epoch, state.step) == (reference["epoch"] + 1, 0)
@@ -225,6 +217,7 @@ def test_the_checkpoint_of_the_original_restores_weights_average_and_optimizer(g
     torch.testing.assert_close(optimizer.state_dict()["state"], reference["optimizer"]["state"], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_the_checkpoint_of_the_original_resumes(run, tmp_path):
     run("--resume", REFERENCE, "--epochs", 5, "--output_dir", tmp_path, "--warmup-epochs", 1, "--lr", 0.1)
     log = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
@@ -233,11 +226,12 @@ def test_the_checkpoint_of_the_original_resumes(run, tmp_path):
     peak, lowest = 0.1 * 4 / 512, 1e-5
     expected = [lowest + (peak - lowest) * (1 + math.cos(math.pi * done / 5)) / 2 for done in (2, 3)]
     assert [line["train_lr"] for line in log] == pytest.approx(expected, rel=1e-6)
-    written = utils.load_checkpoint(tmp_path / "checkpoint.pth")
+    written = load_checkpoint(tmp_path / "checkpoint.pth")
     assert {int(state["step"]) for state in written["optimizer"]["state"].values()} == {12 + 2 * 7}
     assert written["epoch"] == 4
 
 
+@pytest.mark.slow
 def test_a_run_of_the_program_logs_the_learning_rates_of_the_original(golden, run, tmp_path):
     asked = golden["args"]
     schedule = ["--unscale-lr", "--lr", asked["lr"], "--warmup-epochs", asked["warmup_epochs"]]
@@ -247,16 +241,18 @@ def test_a_run_of_the_program_logs_the_learning_rates_of_the_original(golden, ru
     assert [line["train_lr"] for line in log] == pytest.approx(wanted, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_the_checkpoint_of_the_original_fine_tunes(golden, folder, run, tmp_path):
     stats = run("--eval", "--finetune", REFERENCE)
     assert stats["loss"] == pytest.approx(score_by_hand(golden, folder, load_reference()["model"])["loss"], rel=1e-5)
     run("--finetune", REFERENCE, "--epochs", 1, "--output_dir", tmp_path, "--warmup-epochs", 0, "--lr", 0.1)
-    written = utils.load_checkpoint(tmp_path / "checkpoint.pth")
+    written = load_checkpoint(tmp_path / "checkpoint.pth")
     assert {int(state["step"]) for state in written["optimizer"]["state"].values()} == {7}
     difference = (written["model"]["head.weight"] - load_reference()["model"]["head.weight"]).abs().max()
     assert 0 < difference < 8 * 0.1 * 4 / 512  # seven steps of at most the learning rate
 
 
+@pytest.mark.slow
 def test_the_checkpoint_of_the_original_fine_tunes_to_other_classes(folder, run, tmp_path, capsys):
     few = tmp_path / "few"
     for split in ("train", "val"):
@@ -265,5 +261,5 @@ def test_the_checkpoint_of_the_original_fine_tunes_to_other_classes(folder, run,
             (few / split / f"class{label}").symlink_to(folder / split / f"class{label}")
     output = tmp_path / "output"
     run("--finetune", REFERENCE, "--epochs", 1, "--output_dir", output, "--batch-size", 3, data=few)
-    assert "the file's head has 10 classes, not 3; a fresh head is trained" in capsys.readouterr().out
-    assert utils.load_checkpoint(output / "checkpoint.pth")["model"]["head.weight"].shape == (3, 24)
+    assert "the file's head has 10 classes, not 3" in capsys.readouterr().out
+    assert load_checkpoint(output / "checkpoint.pth")["model"]["head.weight"].shape == (3, 24)

@@ -1,17 +1,18 @@
-"""The recipes give the published settings, differ from their controls in what they should, and build."""
+"""Recipes repeat published settings, differ from their controls in one thing, explain themselves and run."""
 
+import json
 import re
 import shlex
 
 import pytest
 import timm
 import torch
-from conftest import ROOT
-from PIL import Image
+from conftest import ROOT, jpeg_folder
 
 import main
-import tables
+from flags import key_values, parse_args
 
+RESULTS = json.loads((ROOT / "recipes" / "published.json").read_text())["results"]
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.args"))
 
 # The published command lines as they stand.
@@ -33,8 +34,8 @@ TEACHERS = {"deit": "cait_s24_224", "swin": "swin_small_patch4_window7_224.ms_in
 FIRST = {"deit": ([0, 1], [0, 1]), "swin": ([0, 1], [0, 1])}
 LAST = {"deit": ([6, 7, 8, 9, 10, 11], [18, 19, 20, 21, 22, 23]), "swin": ([2, 3], [2, 3])}
 
-# The same families with the same numbers of blocks and stages, but narrow.
-SMALL = {
+# The same families and numbers of blocks, but narrow.
+NARROW = {
     "deit": ["embed_dim=24", "num_heads=3"],
     "swin": ["embed_dim=12", "num_heads=(1,1,2,2)"],
     "cait": ["embed_dim=24", "num_heads=2"],
@@ -42,8 +43,8 @@ SMALL = {
 }
 
 
-def small(model):
-    return SMALL[model.partition("_")[0]]
+def narrow(model):
+    return NARROW[model.partition("_")[0]]
 
 
 @pytest.fixture(autouse=True)
@@ -54,62 +55,63 @@ def in_the_root(monkeypatch):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """A folder like ImageNet's, of two classes."""
-    root = tmp_path_factory.mktemp("data") / "ILSVRC2012"
-    for split in ("train", "val"):
-        for name in ("ant", "bee"):
-            (root / split / name).mkdir(parents=True)
-            for i in range(4):
-                Image.new("RGB", (90, 70), (60 * i, 90, 120)).save(root / split / name / f"{i}.jpg")
-    return root
+    """Return a folder like ImageNet's, of two classes."""
+    return jpeg_folder(tmp_path_factory.mktemp("data") / "ILSVRC2012", size=(90, 70))
 
 
 @pytest.fixture(scope="module")
 def read(images):
-    return lambda recipe, *more: main.parse_args(
-        [f"@recipes/{recipe}.args", "--data-path", str(images), "--device", "cpu", *more]
+    return lambda recipe, *more: parse_args(
+        [f"@recipes/{recipe}.args", "--data-set", "IMNET", "--data-path", str(images), "--device", "cpu", *more]
     )
 
 
 def differences(a, b):
-    """{flag: (value in a, value in b)} of what two runs' flags differ in."""
+    """Return {flag: (value in a, value in b)} of the flags in which two runs differ."""
     a, b = vars(a), vars(b)
     assert a.keys() == b.keys()
     return {name: (a[name], b[name]) for name in a if a[name] != b[name]}
 
 
 @pytest.mark.parametrize("recipe", PUBLISHED)
-def test_a_recipe_is_its_published_command_line(recipe, read, images):
+def test_a_recipe_equals_its_published_command(recipe, read, images):
     flags = shlex.split(PUBLISHED[recipe].replace("ILSVRC2012", str(images)))[1:]
-    published = main.parse_args([*flags, "--device", "cpu"])
+    published = parse_args([*flags, "--device", "cpu"])
     assert differences(published, read(recipe, "--num_workers", "16", "--output_dir", published.output_dir)) == {}
-    assert published.s_id  # that is, the flags were understood
+    assert published.s_id  # the flags were understood
 
 
 @pytest.mark.parametrize("recipe", PUBLISHED)
-def test_a_control_differs_from_the_method_in_what_it_controls_for_alone(recipe, read):
+def test_a_control_changes_one_thing(recipe, read):
     kind, method, soft = recipe.partition("_")[0], read(recipe), read(f"{recipe}_soft_kd")
-    weight = method.w_fft
     assert differences(read(f"{recipe}_mse"), method) == {"feature_loss": ("mse", "spectral")}
     for name, (s_id, t_id) in {"first": FIRST[kind], "last": LAST[kind]}.items():
         expected = {"s_id": (s_id, method.s_id), "t_id": (t_id, method.t_id)}
         assert differences(read(f"{recipe}_{name}_blocks"), method) == expected
-    assert differences(soft, method) == {"w_fft": (0, weight), "s_id": ([], method.s_id), "t_id": ([], method.t_id)}
+    unused = {"s_id": ([], method.s_id), "t_id": ([], method.t_id)}
+    assert differences(soft, method) == {"w_fft": (0, method.w_fft), **unused}
     plain = differences(read(f"{recipe}_no_teacher"), soft)
-    plain.pop("teacher_model", None)  # without a teacher its default is not read
-    assert plain.pop("w_fft") == (0.2, 0)  # likewise
+    del plain["w_fft"]  # not read without a teacher, like the teacher's name
+    plain.pop("teacher_model", None)
     assert plain == {"distillation_type": ("none", "soft"), "distillation_alpha": (0.5, 0.9)}
     assert soft.teacher_model == TEACHERS[kind]
 
 
+DEITS = {"batch_size": 512, "drop_path": 0.1, "mixup": 0.8, "cutmix": 1.0}
+SWINS = DEITS | {"drop_path": 0.2, "warmup_epochs": 20, "clip_grad": 5, "repeated_aug": False}
+
+
+@pytest.mark.parametrize("student", ["deit_tiny", "deit_small", "swin_tiny"])
+def test_a_baseline_is_its_students_own_recipe(student, read):
+    scratch = read(f"{student}_baseline")
+    defaults = parse_args(["--data-path", scratch.data_path, "--device", "cpu", "--model", scratch.model])
+    found = {name: value for name, (value, _) in differences(scratch, defaults).items()}
+    assert found == (SWINS if student == "swin_tiny" else DEITS)
+
+
 @pytest.mark.parametrize("student", ["deit_tiny", "deit_small"])
-def test_deits_own_recipes_are_deits(student, read):
-    scratch, hard = read(f"{student}_baseline"), read(f"{student}_hard_distilled")
-    defaults = main.parse_args(["--data-path", scratch.data_path, "--device", "cpu"])
-    deits = {"batch_size": 512, "drop_path": 0.1, "mixup": 0.8, "cutmix": 1.0, "epochs": 300}
-    assert {name: value for name, (value, _) in differences(scratch, defaults).items()} | {"epochs": 300} == deits | (
-        {"model": "deit_small_patch16_224"} if student == "deit_small" else {}
-    )
+def test_hard_distillation_is_deits(student, read):
+    hard, scratch = read(f"{student}_hard_distilled"), read(f"{student}_baseline")
     assert differences(hard, scratch) == {
         "model": (f"{student}_distilled_patch16_224", f"{student}_patch16_224"),
         "teacher_model": ("regnety_160.deit_in1k", "cait_s24_224"),
@@ -119,46 +121,86 @@ def test_deits_own_recipes_are_deits(student, read):
     assert hard.distillation_alpha == 0.5
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipe_says_its_reasons_batch_cost_and_what_was_published(recipe, read):
-    lines = (ROOT / "recipes" / f"{recipe}.args").read_text().splitlines()
-    flags = [line for line in lines if line.startswith("--")]
-    assert [line for line in flags if not re.search(r"  # \w", line)] == []
-    header = " ".join(line for line in lines if line.startswith("#"))
-    batch = re.search(r"Global batch: 2 processes x (\d+) = (\d+)", header)
-    assert int(batch[1]) == read(recipe).batch_size
-    assert int(batch[2]) == 2 * int(batch[1])
-    assert "Cost" in header
-    assert "ublished" in header
-    assert "not measured yet" in header
+@pytest.mark.parametrize("student", ["lift", "widelast"])
+def test_later_recipes_change_the_student_alone(student, read):
+    model = {"model": (f"deit_tiny_{student}_patch16_224", "deit_tiny_patch16_224")}
+    for own, later in (("no_teacher", "no_teacher"), ("soft_kd", "soft_kd"), ("spectral", "spectral_last")):
+        assert differences(read(f"{student}_{own}"), read(f"later_{later}")) == model
+    mse, only = read(f"{student}_mse"), read(f"{student}_mse_only")
+    assert differences(mse, read(f"{student}_spectral")) == {"feature_loss": ("mse_plain", "spectral")}
+    assert differences(only, mse) == {"distillation_alpha": (0, 0.9)}
+
+
+def test_later_recipes_pair_the_published_blocks(read):
+    pairs = {"first": ([0], [0]), "first_last": ([0, 11], [0, 23]), "last": ([11], [23])}
+    for where, (s_id, t_id) in pairs.items():
+        spectral, projector = read(f"later_spectral_{where}"), read(f"later_projector_{where}")
+        assert (spectral.s_id, spectral.t_id, spectral.w_fft) == (s_id, t_id, 0.2)
+        assert differences(projector, spectral) == {"feature_loss": ("projector", "spectral")}
+    last_8 = read("later_spectral_last_8")
+    assert (last_8.s_id, last_8.t_id) == (list(range(4, 12)), list(range(16, 24)))
+
+
+COST = r"Cost: about \d+ H100-(hours|minutes) \(estimated\), (about |at most )?[\d.]+ GB per process \("
+COST += "(counted|twice the count)"
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipe_quotes_the_number_that_the_table_shows(recipe, read):
+def test_a_recipe_explains_itself(recipe, read):
     text = (ROOT / "recipes" / f"{recipe}.args").read_text()
-    quoted = re.search(r"Published top-1: ([\d.]+) \((.*?)\)", text)
-    known = tables.settings(vars(read(recipe)) | {"world_size": 2})
-    assert tables.published(known) == ((float(quoted[1]), quoted[2]) if quoted else (None, None))
+    assert [line for line in text.splitlines() if line.startswith("--") and not re.search(r"  # \w", line)] == []
+    assert re.search(COST, text)
+    processes, size, batch = map(int, re.search(r"Global batch: (\d+) process(?:es)? x (\d+) = (\d+)", text).groups())
+    args, rows = read(recipe), [row for row in RESULTS if row["recipe"] == recipe]
+    assert (size, batch) == (args.batch_size, processes * size)
+    quoted = re.findall(r"Published top-1: ([\d.]+) \((.*?)\)", text)
+    assert quoted == [(f"{row['best']}", row["source"]) for row in rows]
+    for row in rows:
+        assert (args.epochs, batch) == (row["epochs"], row["global_batch"])
+        assert (args.distillation_type == "none") == (row["teacher"] is None)
+
+
+def test_published_rows_hold_every_log_and_have_sources():
+    logs = [row["log"] for row in RESULTS if row["log"]]
+    assert len(logs) == len(set(logs)) == 11
+    assert {row["recipe"] for row in RESULTS} - {None} <= set(RECIPES)
+    for row in RESULTS:
+        assert row["source"]
+        assert 60 < (row["last"] or row["best"]) <= row["best"] < 90
+
+
+def test_the_docs_show_every_published_row():
+    lines = (ROOT / "docs" / "reproducing.md").read_text().splitlines()
+    shown = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    for row in RESULTS:
+        names = ("student", "method", "epochs", "global_batch", "best", "last", "last10", "recipe")
+        student, *others = ("" if row[name] is None else str(row[name]) for name in names)
+        assert any(
+            cells[:9] == [student, row["teacher"] or "none", *others] and row["source"] in cells[9] for cells in shown
+        )
 
 
 @pytest.fixture(scope="module")
 def teacher_files(tmp_path_factory):
-    """{teacher: file of random weights of its narrow version}."""
+    """Return the file of random weights of the narrow version of each teacher."""
     root, files = tmp_path_factory.mktemp("teachers"), {}
     for name in (*TEACHERS.values(), "regnety_160.deit_in1k"):
-        model = timm.create_model(name, num_classes=2, **main.key_values(small(name)))
+        model = timm.create_model(name, num_classes=2, **key_values(narrow(name)))
         files[name] = root / f"{name}.pth"
         torch.save(model.state_dict(), files[name])
     return files
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipe_builds_and_takes_a_step(recipe, read, teacher_files, capsys):
+@pytest.mark.slow
+def test_a_recipe_builds_and_trains_two_steps(recipe, read, teacher_files, capsys):
     args = read(recipe)
-    more = ["--dry-run", "--batch-size", "2", "--num_workers", "0", "--model-kwargs", *small(args.model)]
+    more = ["--dry-run", "--batch-size", "2", "--num_workers", "0", "--model-kwargs", *narrow(args.model)]
+    if args.pretrained:
+        more += [f"pretrained_cfg_overlay={{'file':'{teacher_files[args.model]}','num_classes':2}}"]
     if args.distillation_type != "none":
         path = str(teacher_files[args.teacher_model])
-        more += ["--teacher-path", path, "--teacher-kwargs", *small(args.teacher_model)]
+        more += ["--teacher-path", path, "--teacher-kwargs", *narrow(args.teacher_model)]
     main.main(read(recipe, *more))
     output = capsys.readouterr().out
     assert "nothing was written" in output

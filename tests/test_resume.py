@@ -1,35 +1,40 @@
-"""A run that was interrupted ends with the very bits of one that was not."""
+"""An interrupted run ends with the very bits of one that was not interrupted."""
 
 import json
 import math
 import re
 import shutil
 import signal
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import STUDENT, distil, tiny_run
-from processes import codes, fork, strike
+from processes import codes, epochs, errors, fork, status, strike
 
 import main
 import utils
+from checkpoint import resumed_step
+from weights import load_checkpoint
+
+pytestmark = pytest.mark.slow
 
 TIMING = ("seconds", "images_per_second")
 EVERYTHING = (  # all that is random, and all that has a state
     *("--epochs", 3, "--batch-size", 8, "--accum-steps", 2, "--unscale-lr", "--lr", "1e-3", "--model-ema-decay", 0.9),
     *("--mixup", 0.8, "--cutmix", 1.0, "--reprob", 0.5, "--drop-path", 0.2, "--drop", 0.1, "--eval-ema"),
+    *("--gratings-sizes", 96, 48),
 )
+STOPPED = 128 + signal.SIGTERM
 
 
 def run(*flags, ranks=1, **options):
-    """Runs main.py to its end and returns the exit codes of the ranks, each once."""
+    """Run main.py to its end; return the set of its ranks' exit codes."""
     runs = fork(*flags, ranks=ranks, **options)
     return set(codes(runs if ranks > 1 else [runs]))
 
 
 def outcome(folder):
-    """What a run left, without what must differ: paths, flags of the resume, times."""
+    """Return what a run left, without what must differ: paths, flags of the resume, times."""
     lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
     result = {"log": [{name: value for name, value in line.items() if name not in TIMING} for line in lines]}
     for name in ("checkpoint.pth", "model_best.pth"):
@@ -39,7 +44,7 @@ def outcome(folder):
 
 
 def differences(a, b, name=""):
-    """Names of everything that is not equal, bit by bit, in nested dicts and lists."""
+    """Return the names of everything that is not equal, bit by bit, in nested dicts and lists."""
     if isinstance(a, torch.Tensor):
         return [] if torch.equal(a, b) and a.dtype == b.dtype else [name]
     if isinstance(a, dict) and a.keys() == b.keys():
@@ -49,6 +54,15 @@ def differences(a, b, name=""):
     return [] if a == b or (a != a and b != b) else [name]
 
 
+def position(folder, name="checkpoint.pth"):
+    """Return (last finished epoch, batches done in the next one, whether these were all)."""
+    saved = torch.load(folder / name, weights_only=True)
+    return saved["epoch"], saved["step"], saved["trained"]
+
+
+# Equality
+
+
 @pytest.fixture(scope="module")
 def flags(teacher_file):
     return tiny_run(*distil(teacher_file, "--w-fft", 0.2), *EVERYTHING)
@@ -56,7 +70,7 @@ def flags(teacher_file):
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory, flags):
-    """ranks -> the outcome of a run without interruption; each is made once."""
+    """ranks -> the outcome of a run without interruption, made once."""
     made = {}
 
     def get(ranks):
@@ -69,34 +83,28 @@ def straight(tmp_path_factory, flags):
     return get
 
 
-def interrupted(flags, folder, ranks, workers, last=""):
-    """Runs with four interruptions; `last` is executed before the last start."""
-    steps = 8 // ranks  # an epoch
-    resume = (*flags, "--output_dir", folder, "--num_workers", workers, "--resume", "auto")
-    stopped = {128 + signal.SIGTERM}
-    # In the middle of a group of two batches, so after it: epoch 0, step 2.
-    assert run(*resume, ranks=ranks, before=strike(signal.SIGTERM, step=0)) == stopped
-    assert torch.load(folder / "checkpoint.pth", weights_only=True)["step"] == 2
-    # Killed in epoch 1, so epoch 1 starts anew from its boundary.
-    assert 0 not in run(*resume, ranks=ranks, before=strike(signal.SIGKILL, step=steps, rank=0))
-    assert torch.load(folder / "checkpoint.pth", weights_only=True)["epoch"] == 0
-    # In the evaluation after epoch 1, all of whose steps are done then.
-    assert run(*resume, ranks=ranks, before=strike(signal.SIGTERM, step=1, training=False)) == stopped
-    assert torch.load(folder / "checkpoint.pth", weights_only=True)["step"] == steps
-    # In the last step of epoch 2.
-    assert run(*resume, ranks=ranks, before=strike(signal.SIGTERM, step=steps - 1)) == stopped
-    assert torch.load(folder / "checkpoint.pth", weights_only=True)["epoch"] == 1
-    assert run(*resume, ranks=ranks, before=last) == {0}
-    return outcome(folder)
-
-
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_an_interrupted_run_equals_a_straight_one_in_every_bit(ranks, workers, flags, straight, tmp_path):
-    assert differences(straight(ranks), interrupted(flags, tmp_path, ranks, workers)) == []
+def test_interrupted_run_equals_straight_run(ranks, workers, flags, straight, tmp_path):
+    steps = 12 // ranks  # per epoch
+    resume = (*flags, "--output_dir", tmp_path, "--num_workers", workers, "--resume", "auto")
+    # In the first of two accumulated batches; two processes stop one optimizer step later.
+    assert run(*resume, ranks=ranks, before=strike(signal.SIGTERM, step=0)) == {STOPPED}
+    assert position(tmp_path) == (-1, 2 * ranks, False)
+    # Killed in epoch 1, which is repeated.
+    assert 0 not in run(*resume, ranks=ranks, before=strike(signal.SIGKILL, step=steps, rank=0))
+    assert position(tmp_path) == (0, 0, False)
+    # In the validation of epoch 1.
+    assert run(*resume, ranks=ranks, before=strike(signal.SIGTERM, step=0, training=False)) == {STOPPED}
+    assert position(tmp_path) == (0, steps, True)
+    # In the last step of epoch 2.
+    assert run(*resume, ranks=ranks, before=strike(signal.SIGTERM, step=steps - 1)) == {STOPPED}
+    assert position(tmp_path) == (1, steps, True)
+    assert run(*resume, ranks=ranks) == {0}
+    assert differences(straight(ranks), outcome(tmp_path)) == []
 
 
-# Controls: what the comparison above would say if a resume lost something.
+# Controls: what the comparison above finds if a resume loses something.
 LOSSES = {
     "seeds of the steps": (
         "import utils; utils.seed_everything = lambda seed: None",
@@ -106,9 +114,9 @@ LOSSES = {
         "import samplers, random; samplers.counter_seed = lambda *counters: random.getrandbits(63)",
         "/checkpoint.pth/model/head.weight",
     ),
-    "moving average": (
-        "import utils; old = utils.extract_weights\n"
-        "utils.extract_weights = lambda checkpoint, ema=False: old(checkpoint)",
+    "EMA": (
+        "import checkpoint; old = checkpoint.extract_weights\n"
+        "checkpoint.extract_weights = lambda checkpoint, ema=False: old(checkpoint)",
         "/checkpoint.pth/model_ema/head.weight",
     ),
     "sums of the epoch": ("import utils; utils.Meter.load_state_dict = lambda *_: None", "/log/2/train_loss"),
@@ -121,29 +129,21 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_the_comparison_sees_when_a_resume_loses(loss, flags, straight, tmp_path):
-    sabotage, seen_in = LOSSES[loss]
+def test_comparison_finds_what_a_resume_loses(loss, flags, straight, tmp_path):
+    sabotage, found_in = LOSSES[loss]
     ranks = 2 if "rank" in loss else 1
     resume = (*flags, "--output_dir", tmp_path, "--resume", "auto")
-    strike_late = strike(signal.SIGTERM, step=2 * 8 // ranks + 1)  # in epoch 2, the last
-    assert run(*resume, ranks=ranks, before=strike_late) == {128 + signal.SIGTERM}
+    stop_in_last_epoch = strike(signal.SIGTERM, step=2 * 12 // ranks + 1)
+    assert run(*resume, ranks=ranks, before=stop_in_last_epoch) == {STOPPED}
     assert run(*resume, ranks=ranks, before=sabotage) == {0}
-    assert seen_in in differences(straight(ranks), outcome(tmp_path))
+    assert found_in in differences(straight(ranks), outcome(tmp_path))
 
 
-def test_the_comparison_sees_one_bit():
+def test_comparison_finds_one_bit():
     a = {"x": [torch.tensor([1.0]), {"lr": 0.1}]}
     b = {"x": [torch.tensor([1.0]).nextafter(torch.tensor(2.0)), {"lr": math.nextafter(0.1, 1)}]}
     assert differences(a, a) == []
     assert differences(a, b) == ["/x/0", "/x/1/lr"]
-
-
-def stop_and_go_on(flags, folder, step, before=""):
-    """Interrupts a run by SIGTERM in its step-th batch, goes on, and returns the outcome."""
-    resume = (*flags, "--output_dir", folder, "--resume", "auto")
-    assert run(*resume, before=before + strike(signal.SIGTERM, step=step)) == {128 + signal.SIGTERM}
-    assert run(*resume, before=before) == {0}
-    return outcome(folder)
 
 
 # Flags, and statements that come before the run.
@@ -153,29 +153,23 @@ STATES = {
         # Its scale starts low and grows after 3 good steps instead of 2000.
         "import torch; torch.amp.GradScaler.__init__.__defaults__ = ('cuda', 16.0, 2.0, 0.5, 3, True)",
     ),
-    "plateau": (  # too slow to learn anything, so that the rate falls every epoch
-        (
-            *("--sched", "plateau", "--patience-epochs", 0, "--decay-rate", 0.5, "--warmup-epochs", 1),
-            *("--unscale-lr", "--lr", "1e-6", "--min-lr", 0),
-        ),
-        "",
-    ),
     "noise": (("--sched", "step", "--decay-epochs", 1, "--lr-noise", 0.2), ""),
     "lion": (("--no-repeated-aug", "--ThreeAugment", "--opt", "lion"), ""),
 }
 
 
 @pytest.mark.parametrize("name", STATES)
-def test_what_has_a_state_of_its_own_goes_on(name, tmp_path):
+def test_every_state_is_resumed(name, tmp_path):
     more, before = STATES[name]
-    flags = tiny_run("--epochs", 7, "--mixup", 0.8, *more)
+    flags = tiny_run("--epochs", 4, "--mixup", 0.8, *more)
     assert run(*flags, "--output_dir", tmp_path / "straight", before=before) == {0}
     expected = outcome(tmp_path / "straight")
-    if name == "plateau":  # the case is empty unless the rate falls before the stop and after it
-        assert len({line["train_lr"] for line in expected["log"][4:]}) == 3
-    if name == "scaler":  # or unless the scale moves
+    if name == "scaler":  # the case is empty unless the scale moves
         assert expected["checkpoint.pth"]["scaler"]["scale"] > 16
-    assert differences(expected, stop_and_go_on(flags, tmp_path / "stopped", 4 * 5 + 1, before)) == []
+    resume = (*flags, "--output_dir", tmp_path / "stopped", "--resume", "auto")
+    assert run(*resume, before=before + strike(signal.SIGTERM, step=4 * 2 + 1)) == {STOPPED}
+    assert run(*resume, before=before) == {0}
+    assert differences(expected, outcome(tmp_path / "stopped")) == []
 
 
 # What a resume changes
@@ -183,66 +177,77 @@ def test_what_has_a_state_of_its_own_goes_on(name, tmp_path):
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
-    """The flags, and the folder, of a run of 2 epochs that was stopped in epoch 1 after step 2 of 4."""
+    """Return (flags, folder) of a run of 2 epochs that was stopped in epoch 1 after step 2 of 4."""
     folder, flags = tmp_path_factory.mktemp("stopped"), tiny_run("--epochs", 2, "--lr", "1e-3")
-    stop = strike(signal.SIGTERM, step=4 + 1)
-    assert run(*flags, "--output_dir", folder, before=stop) == {128 + signal.SIGTERM}
+    assert run(*flags, "--output_dir", folder, before=strike(signal.SIGTERM, step=4 + 1)) == {STOPPED}
     return flags, folder
+
+
+@pytest.fixture(scope="module")
+def straight_two(stopped, tmp_path_factory):
+    """Return the outcome of the stopped run's flags without the stop."""
+    folder = tmp_path_factory.mktemp("straight_two")
+    assert run(*stopped[0], "--output_dir", folder) == {0}
+    return outcome(folder)
 
 
 @pytest.fixture
 def folder(stopped, tmp_path):
-    """A copy of the stopped run's folder."""
+    """Return a copy of the stopped run's folder."""
     return shutil.copytree(stopped[1], tmp_path / "folder")
 
 
 @pytest.fixture
 def again(stopped, folder):
-    """Starts the run again in that folder, with more flags."""
+    """Start the run again in that folder, with more flags."""
     return lambda *more, **options: fork(*stopped[0], "--output_dir", folder, *more, **options)
 
 
-def test_another_length_and_learning_rate_take_effect_and_are_said(again, folder, tmp_path):
+def test_changed_length_and_rate_take_effect_and_are_logged(again, folder, tmp_path):
     resumed = again("--resume", "auto", "--epochs", 4, "--lr", "2e-3")
     assert resumed.code() == 0
     assert "--resume: epochs was 2 and is 4 from now on" in resumed.text
     assert "--resume: lr was 0.001 and is 0.002 from now on" in resumed.text
-    fresh = tmp_path / "fresh"
-    assert run(*tiny_run("--epochs", 4, "--lr", "2e-3"), "--output_dir", fresh) == {0}
-    rates = [[line["train_lr"] for line in outcome(path)["log"]] for path in (folder, fresh)]
+    assert run(*tiny_run("--epochs", 4, "--lr", "2e-3"), "--output_dir", tmp_path / "new") == {0}
+    rates = [[line["train_lr"] for line in outcome(path)["log"]] for path in (folder, tmp_path / "new")]
     assert rates[0][1:] == rates[1][1:]
     assert rates[0][0] != rates[1][0]
 
 
-def test_another_number_of_processes_is_refused_by_name(again):
-    ranks = again("--resume", "auto", ranks=2)
-    assert codes(ranks) == [2, 2]
-    said = [line for each in ranks for line in each.text.splitlines() if line.startswith("error:")]
-    assert len(said) == 1
-    assert re.search("1 processes wrote .* and 2 are here: start 1, or give --allow-world-size-change", said[0])
-
-
-def test_another_number_of_processes_may_be_allowed_and_says_what_changes(again, folder):
-    ranks = again("--resume", "auto", "--allow-world-size-change", ranks=2)
+def test_other_processes_continue_at_the_same_image(again, folder):
+    ranks = again("--resume", "auto", "--batch-size", 8, ranks=2)
     assert codes(ranks) == [0, 0]
-    assert "from now on a step has 32 images, the learning rate follows" in ranks[0].text
-    assert "[2/2]" in ranks[0].text  # 32 of 64 images were done, so one of the new steps
-    assert [line["epoch"] for line in outcome(folder)["log"]] == [0, 1]
+    assert "--resume: 1 processes became 2; the global batch stays 16 images" in ranks[0].text
+    assert "[3/4]" not in ranks[0].text  # 2 of 4 steps were done
+    assert "[4/4]" in ranks[0].text
+    assert epochs(folder) == [0, 1]
 
 
 @pytest.mark.parametrize(
-    ("flags", "checkpoint", "step"),
+    ("flags", "stored", "step"),
     [
-        (("--batch-size", 8), {"step": 5, "world_size": 1, "args": {"batch_size": 8, "accum_steps": 1}}, 5),
-        (("--batch-size", 8), {"step": 5, "world_size": 4, "args": {"batch_size": 8, "accum_steps": 1}}, 20),
-        (("--batch-size", 16), {"step": 5, "world_size": 1, "args": {"batch_size": 8, "accum_steps": 1}}, 2),
-        (("--accum-steps", 2), {"step": 5, "world_size": 1, "args": {"batch_size": 16, "accum_steps": 1}}, 4),
-        (("--accum-steps", 2), {"step": 5, "world_size": 1, "args": {"batch_size": 16, "accum_steps": 2}}, 5),
-        ((), {"epoch": 3}, 0),  # DeiT's
+        (("--batch-size", 8), {"world_size": 1, "args": {"batch_size": 8, "accum_steps": 1}}, 6),
+        (("--batch-size", 16), {"world_size": 1, "args": {"batch_size": 8, "accum_steps": 2}}, 3),
+        (("--batch-size", 8, "--accum-steps", 3), {"world_size": 1, "args": {"batch_size": 24, "accum_steps": 1}}, 18),
+        (("--batch-size", 8, "--accum-steps", 4), {"world_size": 4, "args": {"batch_size": 8, "accum_steps": 1}}, 24),
+        (("--batch-size", 16), {"args": {"batch_size": 8, "world_size": 2}}, 6),  # DeiT's
     ],
 )
-def test_a_resume_with_other_steps_goes_on_at_the_same_images(flags, checkpoint, step):
-    assert main.resumed_step(main.parse_args(tiny_run(*flags)), checkpoint) == step
+def test_resume_with_another_split_continues_at_the_same_image(flags, stored, step):
+    assert resumed_step({"step": 6, **stored}, main.parse_args(tiny_run(*flags))) == step
+
+
+@pytest.mark.parametrize(
+    ("flags", "fix"),
+    [
+        (("--batch-size", 8, "--accum-steps", 3), "was 16 images and is 24: give --accum-steps 2"),
+        (("--batch-size", 32), "was 16 images and is 32: give --batch-size 16"),
+    ],
+)
+def test_another_global_batch_is_refused(flags, fix):
+    checkpoint = {"step": 5, "world_size": 2, "args": {"batch_size": 8, "accum_steps": 1}}
+    with pytest.raises(utils.UserError, match=fix):
+        resumed_step(checkpoint, main.parse_args(tiny_run(*flags)))
 
 
 def test_sums_of_other_processes_are_taken_over():
@@ -251,195 +256,228 @@ def test_sums_of_other_processes_are_taken_over():
     assert meter.averages() == {"loss": 3.0}
 
 
-def test_start_epoch_wins_over_the_checkpoint(again, folder):
+def test_start_epoch_overrides_the_checkpoint(again, folder):
     resumed = again("--resume", folder / "checkpoint.pth", "--start_epoch", 0)
     assert resumed.code() == 0
     assert "epochs 0 to 1" in resumed.text
-    assert [line["epoch"] for line in outcome(folder)["log"]] == [0, 1]
+    assert epochs(folder) == [0, 1]
 
 
-# Which checkpoint, and whether to go on at all
-
-
-def test_a_finished_run_says_so(again, folder):
-    resumed = again("--resume", "auto")
-    assert resumed.code() == 0
-    before = outcome(folder)
-    repeated = again("--resume", "auto")
-    assert repeated.code() == 0
-    assert "nothing to do: 2 of 2 epochs are done" in repeated.text
-    assert json.loads((folder / "status.json").read_text())["status"] == "done"
-    assert differences(before, outcome(folder)) == []
-
-
-def test_a_folder_that_holds_a_run_is_not_started_anew_by_accident(again, folder):
-    before = (folder / "checkpoint.pth").read_bytes()
-    refused = again()
-    assert refused.code() == 2
-    assert "holds a run: --resume auto goes on with it, --overwrite starts anew" in refused.text
-    elsewhere = again("--resume", folder.parent / "other.pth")
-    assert elsewhere.code() == 2  # of a file that is not this run's
-    assert (folder / "checkpoint.pth").read_bytes() == before
-    assert json.loads((folder / "status.json").read_text())["status"] == "preempted"
-
-
-def test_a_run_is_not_continued_from_a_stranger_by_accident(again, folder):
-    stranger = shutil.copy(folder / "checkpoint.pth", folder.parent / "stranger.pth")
-    refused = again("--resume", stranger)
-    assert refused.code() == 2
-    assert "holds a run" in refused.text
-    assert again("--resume", folder / "checkpoint_previous.pth").code() == 0
-
-
-def test_overwrite_forgets_the_old_run_at_once(again, folder):
-    assert again("--overwrite", before=strike(signal.SIGKILL, step=0)).code() == -signal.SIGKILL
-    assert not list(folder.glob("*.pth"))
-    resumed = again("--resume", "auto")
-    assert resumed.code() == 0
-    assert "no checkpoint yet, a fresh run" in resumed.text
-    assert [line["epoch"] for line in outcome(folder)["log"]] == [0, 1]
-
-
-def damage(path):
-    """Flips a bit in the middle of a file."""
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.unlink()  # other names of the file keep their content
-    path.write_bytes(data)
-
-
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(again, folder, straight_two):
-    damage(folder / "checkpoint.pth")
-    resumed = again("--resume", "auto")
-    assert resumed.code() == 0
-    assert re.search(r"warning: .*/checkpoint.pth is damaged: bad checksum .*; trying the one before", resumed.text)
-    assert f"--resume auto: {folder}/checkpoint_previous.pth" in resumed.text
-    assert differences(straight_two, outcome(folder)) == []
-
-
-def test_a_damaged_checkpoint_never_replaces_the_whole_one_before_it(again, folder):
-    damage(folder / "checkpoint.pth")
-    whole = (folder / "checkpoint_previous.pth").read_bytes()
-    assert again("--resume", "auto", before=strike(signal.SIGTERM, step=0)).code() == 128 + signal.SIGTERM
-    assert (folder / "checkpoint_previous.pth").read_bytes() == whole
-    utils.load_checkpoint(folder / "checkpoint.pth")
-
-
-def test_without_a_whole_checkpoint_nothing_starts(again, folder):
-    for path in folder.glob("*.pth"):
-        damage(path)
-    before = {path: path.read_bytes() for path in folder.glob("*.pth")}
-    refused = again("--resume", "auto", ranks=2)
-    assert codes(refused) == [2, 2]
-    said = "".join(run.text for run in refused)
-    assert said.count("error:") == 1
-    assert f"error: every checkpoint in {folder} is damaged" in said
-    assert before == {path: path.read_bytes() for path in folder.glob("*.pth")}
-
-
-def test_a_named_checkpoint_is_never_replaced_by_another(again, folder):
-    damage(folder / "checkpoint.pth")
-    refused = again("--resume", folder / "checkpoint.pth")
-    assert refused.code() == 2
-    assert re.search("error: .*/checkpoint.pth is damaged", refused.text)
-
-
-def test_a_stop_between_log_line_and_checkpoint_leaves_each_epoch_once(again, folder, straight_two):
-    """The line is written first, so that a stop there is a line too many, which the resume drops."""
-    with open(folder / "log.txt", "a") as log:
-        log.write(json.dumps({"epoch": 1, "train_loss": 0.0}) + "\n" + '{"epoch": 1, "tr')  # and one torn by a kill
-    assert again("--resume", "auto").code() == 0
-    assert differences(straight_two, outcome(folder)) == []
-
-
-@pytest.fixture(scope="module")
-def straight_two(stopped, tmp_path_factory):
-    """The outcome of the stopped run's flags without the stop."""
-    folder = tmp_path_factory.mktemp("straight_two")
-    assert run(*stopped[0], "--output_dir", folder) == {0}
-    return outcome(folder)
-
-
-def test_milestones_are_kept(again, folder):
-    assert again("--resume", "auto", "--epochs", 4, "--save-every", 2).code() == 0
-    assert sorted(path.name for path in folder.glob("checkpoint_0*")) == ["checkpoint_0001.pth", "checkpoint_0003.pth"]
-    assert torch.load(folder / "checkpoint_0001.pth", weights_only=True)["epoch"] == 1
-    assert torch.load(folder / "checkpoint_previous.pth", weights_only=True)["epoch"] == 2
-
-
-def test_another_optimizer_or_image_size_is_refused_on_resume(tmp_path):
+def test_another_optimizer_or_image_size_is_refused(tmp_path):
     flags = tiny_run("--output_dir", tmp_path)
     main.main(main.parse_args(flags))
     flags += ["--epochs", "2", "--resume", "auto"]
     with pytest.raises(utils.UserError, match="--opt was adamw and is sgd"):
         main.main(main.parse_args([*flags, "--opt", "sgd"]))
     larger = ["--input-size", "64", "--model-kwargs", "img_size=64", *STUDENT[1:]]
-    with pytest.raises(utils.UserError, match=r"another model or image size \(pos_embed\): use --finetune"):
+    with pytest.raises(utils.UserError, match=r"another model, image size or loss \(pos_embed\): use"):
         main.main(main.parse_args([*flags, *larger]))
 
 
-def test_a_restart_is_told_from_a_start_in_the_folder_of_another_run(folder, again, monkeypatch):
-    """torchrun restarts a start that was refused, too; that must not go on with the stranger's run."""
-    status = json.loads((folder / "status.json").read_text())
-    launched = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "1"}
-    refused = again(env=launched)
+# Parts of the stopped run's checkpoint that are made not to fit.
+def reverse(moments):
+    moments.update(zip(list(moments), list(moments.values())[::-1], strict=True))
+
+
+UNFIT = {
+    "another shape": (lambda file: file["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)), "exp_avg of .* shape"),
+    "another order": (lambda file: reverse(file["optimizer"]["state"]), "has shape"),
+    "no moments": (lambda file: file["optimizer"]["state"].clear(), "of parameter 0 is missing"),
+    "one moment missing": (lambda file: file["optimizer"]["state"][3].pop("exp_avg_sq"), "exp_avg_sq of .* is missing"),
+    "one parameter more": (lambda file: file["optimizer"]["param_groups"][0]["params"].append(99), "of parameter"),
+    "no groups": (lambda file: file["optimizer"].pop("param_groups"), "param_groups"),
+    "no sums": (lambda file: file.pop("meter"), "meter"),
+}
+
+
+@pytest.mark.parametrize("part", UNFIT)
+def test_checkpoint_part_that_does_not_fit_is_refused(part, stopped, tmp_path):
+    change, reason = UNFIT[part]
+    file = torch.load(stopped[1] / "checkpoint.pth", weights_only=True)
+    change(file)
+    torch.save(file, tmp_path / "unfit.pth")
+    with pytest.raises(utils.UserError, match=f"--resume: the file does not fit this run: .*{reason}"):
+        main.main(main.parse_args([*stopped[0], "--resume", str(tmp_path / "unfit.pth")]))
+
+
+@pytest.mark.parametrize(
+    "options", [("momentum", "--momentum", 0), ("lookahead_adamw",), ("lamb",)], ids=lambda o: o[0]
+)
+def test_optimizer_state_of_every_kind_is_accepted(options, tmp_path):
+    """8 steps, since Lookahead makes its second weights after 6."""
+    flags = tiny_run("--epochs", 2, "--opt", *options, "--output_dir", tmp_path)
+    main.main(main.parse_args(flags))
+    main.main(main.parse_args([*flags, "--epochs", "3", "--resume", str(tmp_path / "checkpoint.pth")]))
+    assert epochs(tmp_path) == [0, 1, 2]
+
+
+# Which checkpoint, and whether to continue at all
+
+
+def test_finished_run_does_nothing(again, folder):
+    assert again("--resume", "auto").code() == 0
+    before = outcome(folder)
+    repeated = again("--resume", "auto")
+    assert repeated.code() == 0
+    assert "nothing to do: 2 of 2 epochs are done" in repeated.text
+    assert status(folder)["status"] == "done"
+    assert differences(before, outcome(folder)) == []
+
+
+@pytest.mark.parametrize("stranger", [False, True])
+def test_folder_that_holds_a_run_is_not_used_by_accident(stranger, again, folder):
+    before = (folder / "checkpoint.pth").read_bytes()
+    other = ("--resume", shutil.copy(folder / "checkpoint.pth", folder.parent / "stranger.pth"))
+    refused = again(*(other if stranger else ()))
     assert refused.code() == 2
-    assert "holds a run" in refused.text
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    checkpoints, ours = utils.CheckpointFolder(folder), status | {"launcher": utils._launcher()}
-    (folder / "status.json").write_text(json.dumps(ours))
-    assert checkpoints.begun_by_launcher()
-    saved_before = (folder / "checkpoint.pth").stat().st_mtime_ns
-    (folder / "status.json").write_text(json.dumps(ours | {"found": saved_before}))
-    assert not checkpoints.begun_by_launcher()
-    (folder / "status.json").write_text(json.dumps(ours))
-    (folder / "status.json").write_text(json.dumps(status | {"launcher": "another 1"}))
-    assert not checkpoints.begun_by_launcher()
-    (folder / "status.json").unlink()
-    assert not checkpoints.begun_by_launcher()
+    assert errors([refused]) == [f"error: {folder} contains a run: --resume auto continues it, --overwrite starts over"]
+    assert (folder / "checkpoint.pth").read_bytes() == before
+    assert status(folder)["status"] == "preempted"
 
 
-def test_a_kill_while_the_old_run_is_cleared_is_not_taken_for_a_run_that_has_saved(folder, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    checkpoints, latest = utils.CheckpointFolder(folder), folder / "checkpoint.pth"
-    found = {"launcher": utils._launcher(), "found": latest.stat().st_mtime_ns}
-    (folder / "status.json").write_text(json.dumps(found))
-    left = []
-    unlink = Path.unlink
-
-    def watch(path):
-        left.append((latest.exists(), checkpoints.begun_by_launcher()))
-        unlink(path)
-
-    monkeypatch.setattr(Path, "unlink", watch)
-    checkpoints.clear()
-    assert len(left) > 1
-    assert set(left) == {(True, False)}
-    assert not checkpoints.files()
+def test_a_run_continues_from_an_older_file_of_its_own(again, folder):
+    assert again("--resume", folder / "checkpoint_previous.pth").code() == 0
+    assert epochs(folder) == [0, 1]
 
 
-def test_a_log_edited_by_hand_does_not_stop_a_resume(tmp_path):
-    (tmp_path / "log.txt").write_bytes(b'{"epoch": 0}\n{"epoch": "1"}\n\xff\n')
-    utils.RunLog(tmp_path, {}, start_epoch=1).close()
-    assert (tmp_path / "log.txt").read_text() == '{"epoch": 0}\n'
+def test_overwrite_forgets_the_old_run(again, folder):
+    assert again("--overwrite", before=strike(signal.SIGKILL, step=0)).code() == -signal.SIGKILL
+    assert not list(folder.glob("*.pth"))
+    resumed = again("--resume", "auto")
+    assert resumed.code() == 0
+    assert "no checkpoint yet, starting a new run" in resumed.text
+    assert epochs(folder) == [0, 1]
 
 
-def test_two_processes_score_the_one_network_with_batchnorm_that_they_save(tmp_path):
+def damage(path):
+    """Flip a bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_damaged_checkpoint_is_named_and_an_older_one_used(again, folder, straight_two):
+    damage(folder / "checkpoint.pth")
+    resumed = again("--resume", "auto")
+    assert resumed.code() == 0
+    warning = r"warning: .*/checkpoint.pth is not a valid checkpoint: bad checksum .*; trying an older one"
+    assert re.search(warning, resumed.text)
+    assert f"--resume auto: {folder}/checkpoint_previous.pth" in resumed.text
+    assert differences(straight_two, outcome(folder)) == []
+
+
+def test_damaged_checkpoint_never_replaces_a_valid_one(again, folder):
+    damage(folder / "checkpoint.pth")
+    valid = (folder / "checkpoint_previous.pth").read_bytes()
+    assert again("--resume", "auto", before=strike(signal.SIGTERM, step=0)).code() == STOPPED
+    assert (folder / "checkpoint_previous.pth").read_bytes() == valid
+    load_checkpoint(folder / "checkpoint.pth")
+
+
+def test_without_a_valid_checkpoint_nothing_starts(again, folder):
+    for path in folder.glob("*.pth"):
+        damage(path)
+    before = {path: path.read_bytes() for path in folder.glob("*.pth")}
+    refused = again("--resume", "auto", ranks=2)
+    assert codes(refused) == [2, 2]
+    message = f"error: no checkpoint in {folder} is valid: restore one, or use --overwrite to start over"
+    assert errors(refused) == [message, f"[rank 1] {message}"]
+    assert before == {path: path.read_bytes() for path in folder.glob("*.pth")}
+
+
+def test_named_checkpoint_is_never_replaced_by_another(again, folder):
+    damage(folder / "checkpoint.pth")
+    refused = again("--resume", folder / "checkpoint.pth")
+    assert refused.code() == 2
+    assert re.search("error: .*/checkpoint.pth is not a valid checkpoint", refused.text)
+
+
+def test_stop_between_log_line_and_checkpoint_leaves_one_line(again, folder, straight_two):
+    """The line is written first, so such a stop leaves one too many, which the resume drops."""
+    with open(folder / "log.txt", "a") as log:
+        log.write(json.dumps({"epoch": 1, "train_loss": 0.0}) + "\n" + '{"epoch": 1, "tr')  # and one cut short
+    assert again("--resume", "auto").code() == 0
+    assert differences(straight_two, outcome(folder)) == []
+
+
+def test_milestones_are_kept(again, folder):
+    assert again("--resume", "auto", "--epochs", 4, "--save-every", 2).code() == 0
+    assert sorted(path.name for path in folder.glob("checkpoint_0*")) == ["checkpoint_0001.pth", "checkpoint_0003.pth"]
+    assert position(folder, "checkpoint_0001.pth") == (1, 0, False)
+    assert position(folder, "checkpoint_previous.pth") == (2, 4, True)
+
+
+# The best weights
+
+
+def best(folder):
+    """Return (best epoch of log.txt, epoch of model_best.pth)."""
+    lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    return max(lines, key=lambda line: line["test_acc1"])["epoch"], position(folder, "model_best.pth")[0]
+
+
+def kill_at_rename(target, count):
+    """Return statements for `before`: SIGKILL before the count-th time that a file gets this name."""
+    return f"""
+import os, pathlib
+replace, seen = os.replace, 0
+def strike(source, target):
+    global seen
+    seen += pathlib.Path(target).name == {target!r}
+    if seen == {count}:
+        os.kill(os.getpid(), 9)
+    replace(source, target)
+os.replace = strike
+"""
+
+
+@pytest.mark.parametrize("target", ["model_best.pth", "checkpoint_previous.pth", "checkpoint.pth"])
+def test_kill_between_the_files_of_a_save_is_repaired(target, tmp_path):
+    """In the first save after the validation of epoch 0, which is the best so far."""
+    flags = tiny_run("--output_dir", tmp_path, "--resume", "auto")
+    count = {"model_best.pth": 1, "checkpoint_previous.pth": 1, "checkpoint.pth": 2}[target]
+    assert fork(*flags, before=kill_at_rename(target, count)).code() == -signal.SIGKILL
+    assert run(*flags) == {0}
+    assert best(tmp_path) == (0, 0)
+    assert epochs(tmp_path) == [0]
+
+
+@pytest.mark.parametrize("stale", ["missing", "older", "damaged"])
+def test_stale_best_file_is_replaced_on_resume(stale, again, folder):
+    """After epoch 0, whose checkpoint is checkpoint_previous.pth."""
+    file, target = folder / "checkpoint_previous.pth", folder / "model_best.pth"
+    target.unlink()
+    if stale == "older":
+        torch.save(torch.load(file, weights_only=True) | {"epoch": -1}, target)
+    elif stale == "damaged":
+        target.write_bytes(b"PK")
+    (folder / "checkpoint.pth").unlink()
+    assert again("--resume", "auto", before=strike(signal.SIGTERM, step=0)).code() == STOPPED
+    assert position(folder, "model_best.pth") == (0, 0, False)
+
+
+def test_lost_best_weights_are_reported_with_every_save(again, folder):
+    (folder / "model_best.pth").unlink()
+    resumed = again("--resume", "auto", before=strike(signal.SIGTERM, step=0))
+    assert resumed.code() == STOPPED
+    assert resumed.text.count("warning: the weights of the best epoch, 0, are not in model_best.pth") == 2
+
+
+def test_rewriting_the_best_file_keeps_the_checkpoint(again, folder):
+    """They are two files, not two names of one."""
+    assert again("--resume", "auto").code() == 0
+    for path in folder.glob("*.pth"):
+        others = {other: other.read_bytes() for other in folder.glob("*.pth") if other != path}
+        with open(path, "r+b") as file:
+            file.write(b"overwritten in place")
+        assert others == {other: other.read_bytes() for other in others}
+
+
+def test_batchnorm_of_two_processes_is_scored_as_saved(tmp_path):
     flags = ["--data-set", "GRATINGS", "--gratings-sizes", 96, 96, "--input-size", 32, "--num_workers", 0]
     flags += ["--device", "cpu", "--model", "resnet18", "--model-kwargs", "channels=(8,8,8,16)", "--batch-size", 8]
-    train = [
-        "--epochs",
-        1,
-        "--warmup-epochs",
-        0,
-        "--lr",
-        0.3,
-        "--no-repeated-aug",
-        "--model-ema-decay",
-        0.5,
-        "--eval-ema",
-    ]
-    assert run(*flags, *train, "--output_dir", tmp_path, ranks=2) == {0}
+    train = ["--epochs", 1, "--warmup-epochs", 0, "--lr", 0.3, "--no-repeated-aug", "--model-ema-decay", 0.5]
+    assert run(*flags, *train, "--eval-ema", "--output_dir", tmp_path, ranks=2) == {0}
     line = json.loads((tmp_path / "log.txt").read_text())
     for name, ema in (("test_loss", []), ("test_ema_loss", ["--eval-ema"])):
         scored = [*flags, "--eval", "--resume", tmp_path / "checkpoint.pth", *ema]

@@ -1,4 +1,4 @@
-"""The plain formulation of each part, as one writes it without a thought of time: what the benchmarks compare with."""
+"""The reference implementation of each part, written without regard to speed: the benchmarks compare with it."""
 
 import copy
 
@@ -12,7 +12,7 @@ AUGMENTATION = "rand-m9-mstd0.5-inc1"
 
 
 def spectral_loss(student, teacher):
-    """Two transforms of NCHW copies, real and imaginary parts stacked."""
+    """Two transforms of NCHW copies, with real and imaginary parts stacked."""
     student, teacher = student.float().contiguous(), teacher.float().contiguous()
     if teacher.shape != student.shape:
         teacher = F.adaptive_avg_pool3d(teacher.unsqueeze(1), student.shape[1:]).squeeze(1)
@@ -25,7 +25,7 @@ def _stacked_spectrum(x):
 
 
 class Ema:
-    """A moving average of the weights, a tensor at a time."""
+    """A moving average of the weights, one tensor at a time."""
 
     def __init__(self, model, decay):
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
@@ -37,33 +37,36 @@ class Ema:
             average.copy_(self.decay * average + (1 - self.decay) * value)
 
 
-def train(model, hooks, criterion, loader, *, optimizer, scaler, ema, device, amp_dtype):
-    """An epoch; float images come from the loader, and every step waits for the device."""
-    model.train()
+def train(state, loader, criterion, hooks, *, device, amp_dtype):
+    """Train for one epoch; float images come from the loader, and every step waits for the device."""
+    state.model.train()
     for images, labels in loader:
         images, labels = images.to(device), labels.to(device)
         with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype != torch.float32):
-            outputs = model(images)
+            outputs = state.parallel(images)
             terms = criterion(images, outputs, hooks.pop(), labels)
-        optimizer.zero_grad()
-        scaler.scale(terms["loss"]).backward()
-        scaler.step(optimizer)
-        scaler.update()
+        state.optimizer.zero_grad()
+        state.scaler.scale(terms["loss"]).backward()
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        ema.update(getattr(model, "module", model))
+        state.ema.update(state.model)
         for value in terms.values():
             value.item()
 
 
-def loader(folder, sampler, batch_size, num_workers, input_size=224):
-    """DeiT's recipe up to float images in the workers, collated as they are; every sample decodes its file."""
+def loader(folder, sampler, batch_size, num_workers, input_size=224, pin_memory=False):
+    """DeiT's recipe up to float images in the workers; every sample decodes its file."""
     transform = create_transform(
-        input_size,
-        is_training=True,
-        auto_augment=AUGMENTATION,
-        interpolation="bicubic",
-        re_prob=0.25,
+        input_size, is_training=True, auto_augment=AUGMENTATION, interpolation="bicubic", re_prob=0.25
     )
-    dataset = ImageFolder(folder, transform=transform)
-    return DataLoader(dataset, batch_size=batch_size, sampler=sampler, num_workers=num_workers, drop_last=True)
+    return DataLoader(
+        ImageFolder(folder, transform=transform),
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        drop_last=True,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+    )

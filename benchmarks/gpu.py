@@ -1,0 +1,317 @@
+"""Check and measure on one GPU what no CPU can show; nothing new is started after nine minutes (--minutes).
+
+    python benchmarks/gpu.py --json gpu.json    # on a GPU
+    python benchmarks/gpu.py --cpu              # the same code with tiny sizes
+
+Prints PASS, FAIL or SKIP for each check (gpu_checks.py); no failure stops what follows. Then come measurements as
+medians and quartiles, rows for benchmarks/README.md, and the GPU-hours of the recipes.
+"""
+
+import argparse
+import contextlib
+import functools
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import types
+from pathlib import Path
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for the deterministic steps
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import common
+import counting
+import end_to_end
+import gpu_checks
+import jobs
+import timm
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from models import fast_attention
+
+IMAGES_PER_EPOCH = 1_281_167
+STUDENTS = {  # student, teacher: epochs of the recipe
+    ("deit_tiny_patch16_224", "cait_s24_224"): 400,
+    ("deit_small_patch16_224", "cait_s24_224"): 500,
+    ("swin_tiny_patch4_window7_224", "swin_small_patch4_window7_224"): 500,
+}
+
+
+def arguments():
+    """Return the parsed flags, completed by those that the other benchmarks' functions read."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cpu", action="store_true", help="run with tiny sizes on a CPU")
+    parser.add_argument("--minutes", type=float, default=9.0, help="start nothing after this time")
+    parser.add_argument("--json", metavar="FILE", help="write all results to this file")
+    args = parser.parse_args()
+    parser = common.parser("", repeats=2 if args.cpu else 5)
+    jobs.add_flags(parser, batch_size=2 if args.cpu else 256)
+    defaults = vars(parser.parse_args([])) | vars(args)
+    args = argparse.Namespace(**defaults, steps=2 if args.cpu else 20, num_workers=0 if args.cpu else os.cpu_count())
+    args.device, args.clock = "cpu" if args.cpu else "cuda", "wall"
+    args.amp_dtype = "bfloat16" if args.cpu else "float16"
+    if args.cpu:
+        args.input_size, args.depth, args.pairs = 32, 2, 2
+    return args
+
+
+def variant(args, **changes):
+    return argparse.Namespace(**vars(args) | changes)
+
+
+# Machine
+
+
+def machine(args):
+    """Return the facts about the machine, with its measured peaks."""
+    facts = common.machine(args)
+    if not args.cpu:
+        query = "driver_version,power.limit,clocks.max.sm,clocks.max.mem"
+        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+        with contextlib.suppress(OSError):
+            facts[query] = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return facts | {"peak FLOP/s": common.peak_flops(args), "peak bytes/s": peak_bandwidth(args)}
+
+
+def peak_bandwidth(args):
+    """Measure the bytes per second that a large copy reads and writes."""
+    source = torch.zeros(2**31 if not args.cpu else 2**24, dtype=torch.uint8, device=args.device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    return 2 * len(source) / min(common.timed(lambda: target.copy_(source), args) for _ in range(5))
+
+
+# Measurements: each returns {name: {"seconds": list, ...}}, seconds per call or step
+
+
+def teachers(args):
+    """Return {variant: teacher} of the same weights; compiled ones and the kernel on a GPU only."""
+    choices = ["timm", "eager"] if args.cpu else ["timm", "eager", "triton"]
+    built = {}
+    for choice in choices:
+        model = jobs.timm_model(args.teacher_model, args).to(args.device).eval().requires_grad_(False)
+        built[choice] = fast_attention(model, choice)
+    compiled = {f"{name}, compiled": torch.compile(built[name], dynamic=False) for name in choices[1:] if not args.cpu}
+    return built | compiled
+
+
+def measure_teachers(args):
+    """The teacher's forward in each variant."""
+    images = torch.randn(args.batch_size, 3, args.input_size, args.input_size, device=args.device)
+
+    def forward(model):
+        with torch.no_grad(), torch.autocast(images.device.type, dtype=getattr(torch, args.amp_dtype)):
+            return model(images)
+
+    return measure({name: functools.partial(forward, model) for name, model in teachers(args).items()}, args)
+
+
+def measure_parts(args):
+    """The parts of a step of the reference implementation and of the program's own job."""
+    images = torch.randn(args.batch_size, 3, args.input_size, args.input_size, device=args.device)
+    labels = torch.randint(jobs.NUM_CLASSES, (args.batch_size,), device=args.device)
+    functions = {}
+    for name, build in jobs.JOBS.items():
+        parts = jobs.Parts(build(args), images, labels, getattr(torch, args.amp_dtype))
+        functions |= {f"{part}, {name}": getattr(parts, part) for part in jobs.PARTS}
+    return measure(functions, args)
+
+
+def measure(functions, args):
+    """Time functions in turn and count their kernels, bytes and FLOPs."""
+    first = {name: common.timed(function, args) for name, function in functions.items()}  # compilation included
+    results = {name: {"first call": seconds} for name, seconds in first.items()}
+    for name, seconds in common.interleave(functions, args).items():
+        results[name]["seconds"] = seconds
+        if "compiled" not in name:
+            with counting.Count() as count:
+                functions[name]()
+            results[name] |= {"kernels": count.kernels, "bytes": count.bytes, "flops": count.flops}
+    return results
+
+
+def measure_steps(args):
+    """Whole steps on synthetic batches in memory: reference, own, and own with compilation or the kernel."""
+    options = {"reference": {}, "fast": {}}
+    if not args.cpu:
+        options |= {"fast, teacher compiled": {"compile": "teacher"}, "fast, both compiled": {"compile": "both"}}
+        options |= {"fast, triton": {"teacher_attention": "triton"}}
+        options |= {"fast, triton, both compiled": {"teacher_attention": "triton", "compile": "both"}}
+    batches, results = jobs.synthetic_batches(args, args.steps), {}
+    flops = None
+    for name, changes in options.items():  # one after the other, because six jobs do not fit into memory
+        kind = name.partition(",")[0]
+        job = jobs.JOBS[kind](variant(args, **changes))
+        train = functools.partial(job.train, batches[kind])
+        if not args.cpu:
+            torch.cuda.reset_peak_memory_stats()
+        first = common.timed(train, args)
+        flops = flops or common.count_flops(lambda job=job, kind=kind: job.train(batches[kind][:1]))
+        seconds = [common.timed(train, args) / args.steps for _ in range(args.repeats)]
+        results[name] = {"first run": first, "seconds": seconds, "flops": flops, "bytes": 0} | gpu_use(train, args)
+        del job, train
+    return results
+
+
+def gpu_use(train, args):
+    """Return memory and the share of time without a running kernel; nothing on a CPU."""
+    if args.cpu:
+        return {}
+    memory = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        seconds = common.timed(train, args)
+    busy = sum(event.self_device_time_total for event in profiler.key_averages()) / 1e6
+    torch.cuda.empty_cache()
+    return memory | {"idle share": max(0.0, 1 - busy / seconds)}
+
+
+def measure_jpeg(args):
+    """Whole steps on JPEG files, and the loaders alone; seconds per step."""
+    args = variant(args, steps=2 if args.cpu else 40)
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        loaders = end_to_end.jpeg_loaders(args, folder)
+        for name, loader in loaders.items():
+            job = jobs.JOBS[name](args)
+            functions = {
+                name: functools.partial(job.train, loader),
+                f"{name}, loader alone": lambda x=loader: exhaust(x),
+            }
+            for what, function in functions.items():
+                function()  # starts the workers
+                results[what] = {"seconds": [common.timed(function, args) / args.steps for _ in range(2)]}
+    return results
+
+
+def exhaust(loader):
+    for _ in loader:
+        pass
+
+
+def measure_choices(args):
+    """Switches to decide: Swin's fused windows, cuDNN's benchmark mode, attention backends, bfloat16."""
+    images = torch.randn(args.batch_size, 3, args.input_size, args.input_size, device=args.device)
+    dtypes = [torch.bfloat16] if args.cpu else [torch.float16, torch.bfloat16]
+    names = ["deit_tiny_patch16_224"]
+    names += [] if args.cpu else ["swin_small_patch4_window7_224", "regnety_160", "cait_s24_224"]
+    functions = {}
+    for name in names:
+        model = (
+            timm.create_model(name, **({"img_size": args.input_size} if args.cpu else {}))
+            .to(args.device)
+            .eval()
+            .requires_grad_(False)
+        )
+        for dtype in dtypes:
+            functions[f"{name}, {dtype}"] = functools.partial(switched, model, images, dtype)
+        if "swin" in name:
+            functions[f"{name}, fused"] = functools.partial(switched, model, images, dtypes[0], fused=True)
+        if "regnet" in name:
+            functions[f"{name}, cudnn.benchmark"] = functools.partial(switched, model, images, dtypes[0], tuned=True)
+        if "deit" in name and not args.cpu:
+            backend = torch.nn.attention.SDPBackend.CUDNN_ATTENTION
+            functions[f"{name}, cuDNN attention"] = functools.partial(switched, model, images, dtypes[0], backend)
+    return {name: {"seconds": seconds} for name, seconds in common.interleave(functions, args).items()}
+
+
+@torch.no_grad()
+def switched(model, images, dtype, backend=None, fused=None, tuned=False):
+    """Run a forward with the switches set."""
+    if fused is not None or hasattr(model, "layers"):
+        for module in model.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = bool(fused)
+    size = getattr(model, "patch_embed", types.SimpleNamespace(img_size=None)).img_size
+    images = images if size is None else torch.nn.functional.interpolate(images, size)
+    torch.backends.cudnn.benchmark = tuned
+    attention = torch.nn.attention.sdpa_kernel(backend) if backend else contextlib.nullcontext()
+    with attention, torch.autocast(images.device.type, dtype=dtype):
+        model(images)
+
+
+MEASUREMENTS = {  # name: (function, changes of the flags); the most wanted first, in case the time is up
+    "steps": (measure_steps, {}),
+    "teacher": (measure_teachers, {}),
+    "parts": (measure_parts, {}),
+    "jpeg": (measure_jpeg, {}),
+    "steps, batch 64": (measure_steps, {"batch_size": 64}),
+    "choices": (measure_choices, {}),
+    "steps, DeiT-S": (measure_steps, {"model": "deit_small_patch16_224", "repeats": 2}),
+    "steps, Swin-T": (
+        measure_steps,
+        {"model": "swin_tiny_patch4_window7_224", "teacher_model": "swin_small_patch4_window7_224", "repeats": 2},
+    ),
+}
+
+
+# Report
+
+
+def report(title, results, args, facts):
+    """Print a table: ms, images/s, shares of the measured peaks, and what else was counted."""
+    print(f"\n{title}\n| what | n | ms | quartiles | images/s | share of peak FLOP/s | share of peak bytes/s | more |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, result in results.items():
+        low, median, high = common.quartiles(result["seconds"])
+        shares = [
+            f"{result[key] / median / facts[peak]:.1%}" if result.get(key) else ""
+            for key, peak in (("flops", "peak FLOP/s"), ("bytes", "peak bytes/s"))
+        ]
+        known = ("seconds", "flops", "bytes")
+        more = ", ".join(f"{key} {value:.4g}" for key, value in result.items() if key not in known)
+        cells = [name, len(result["seconds"]), f"{1e3 * median:.2f}", f"{1e3 * low:.2f} to {1e3 * high:.2f}"]
+        cells += [f"{args.batch_size / median:.0f}", *shares, more]
+        print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+def readme_rows(measured, args, facts):
+    """Print the rows of the GPU table in benchmarks/README.md, and GPU-hours per recipe."""
+    print("\nRows for benchmarks/README.md\n| job | img/s reference | img/s own | speedup | share of the peak |")
+    print("|---|---|---|---|---|")
+    job = f"DeiT-Tiny under CaiT-S24, batch {args.batch_size}, {args.amp_dtype}"
+    for title, name in ((f"{job}, synthetic input", "steps"), ("the same with JPEG input", "jpeg")):
+        if "fast" not in measured.get(name, {}):
+            continue
+        rates = [args.batch_size / common.quartiles(measured[name][key]["seconds"])[1] for key in jobs.JOBS]
+        flops = measured.get("steps", {}).get("fast", {}).get("flops", 0) / args.batch_size
+        share = f"{rates[1] * flops / facts['peak FLOP/s']:.1%}"
+        print(f"| {title} | {rates[0]:.0f} | {rates[1]:.0f} | {rates[1] / rates[0]:.2f} | {share} |")
+    for (student, teacher), epochs in STUDENTS.items():
+        name = {"deit_tiny_patch16_224": "steps", "deit_small_patch16_224": "steps, DeiT-S"}.get(
+            student, "steps, Swin-T"
+        )
+        if "fast" in measured.get(name, {}) and not args.cpu:
+            rate = args.batch_size / common.quartiles(measured[name]["fast"]["seconds"])[1]
+            hours = IMAGES_PER_EPOCH * epochs / rate / 3600
+            print(f"{student} under {teacher}, {epochs} epochs: {hours:.0f} GPU-hours")
+
+
+def main():
+    args, began = arguments(), time.perf_counter()
+    common.start(args)
+    facts = machine(args)
+    checks, measured = {}, {}
+    for name, function in gpu_checks.CHECKS.items():
+        checks[name] = gpu_checks.outcome(function, args, began)
+        print(f"{checks[name][0]} {name}: {checks[name][1]}", flush=True)
+    for name, (function, changes) in MEASUREMENTS.items():
+        if args.cpu and changes:
+            continue
+        result, detail, value = gpu_checks.outcome(functools.partial(function), variant(args, **changes), began)
+        print(f"{result} measurement of {name}{'' if value else f': {detail}'}", flush=True)
+        if value:
+            measured[name] = value
+            report(name, value, variant(args, **changes), facts)
+    readme_rows(measured, args, facts)
+    outcomes = {name: {"result": result, "detail": detail} for name, (result, detail, _) in checks.items()}
+    common.write_json(args, facts=facts, checks=outcomes, measurements=measured, seconds=time.perf_counter() - began)
+    failed = [name for name, (result, *_) in checks.items() if result == "FAIL"]
+    print(f"{len(checks)} checks, {len(failed)} failed in {time.perf_counter() - began:.0f} s {failed or ''}")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,337 @@
+"""The checks of gpu.py: each takes the flags and returns a detail, or raises AssertionError, or Skip."""
+
+import contextlib
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jobs
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import engine
+import spectral
+import utils
+from models import fast_attention
+
+ROOT = Path(__file__).resolve().parents[1]
+HALVES = (torch.float16, torch.bfloat16)
+TINY = ["img_size=32", "patch_size=8", "embed_dim=24", "depth=4", "num_heads=3"]
+
+
+class Skip(Exception):
+    """This check needs what the machine does not have."""
+
+
+def outcome(function, args, began):
+    """Run a check or measurement; return (PASS, FAIL or SKIP, detail, value)."""
+    started = time.perf_counter()
+    if started - began > 60 * args.minutes:
+        return "SKIP", "the time is up", None
+    try:
+        value = function(args)
+    except Skip as reason:
+        return "SKIP", str(reason), None
+    except (Exception, SystemExit) as error:  # whatever happens, the next one runs
+        return "FAIL", f"{type(error).__name__}: {utils.one_line(error)[:500]}", None
+    return "PASS", f"{value if isinstance(value, str) else ''} ({time.perf_counter() - started:.0f} s)", value
+
+
+def variant(args, **changes):
+    values = vars(args) | changes
+    return type(args)(**values)
+
+
+def need_gpu(args):
+    if args.cpu:
+        raise Skip("needs a GPU")
+
+
+class Batches:
+    """Batches during which, after the first and before the last, any synchronization with the GPU is an error."""
+
+    def __init__(self, batches, cuda):
+        self.batches, self.cuda = batches, cuda
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        try:
+            for i, batch in enumerate(self.batches):
+                self._set("error" if 0 < i < len(self.batches) - 1 else "default")
+                yield batch
+        finally:
+            self._set("default")
+
+    def _set(self, mode):
+        if self.cuda:
+            torch.cuda.set_sync_debug_mode(mode)
+
+
+def check_synchronization(args):
+    """Neither training between console lines nor evaluation between batches waits for the GPU."""
+    for dtype in ("float16", "bfloat16", "float32"):
+        if args.cpu and dtype == "float16":
+            continue
+        job = jobs.fast_job(variant(args, amp_dtype=dtype, batch_size=min(args.batch_size, 16)))
+        batches = jobs.synthetic_batches(variant(args, batch_size=min(args.batch_size, 16)), 10)["fast"]
+        loader = Batches(batches, not args.cpu)
+        job.train(batches[:1])  # allocates the moments and loads the kernels
+        job.train(loader, print_freq=100)
+        options = {"device": torch.device(args.device), "prepare": job.prepare, "amp_dtype": getattr(torch, dtype)}
+        engine.evaluate(job.state.model, batches[:2], **options)
+        engine.evaluate(job.state.model, loader, **options)
+    return "8 training steps and 8 evaluation batches in each precision"
+
+
+def check_copies(args):
+    """Batches copied ahead of the computation arrive whole, on a stream of their own."""
+    device, shape = torch.device(args.device), (min(args.batch_size, 64), 3, args.input_size, args.input_size)
+    work, means = torch.randn(256 if args.cpu else 4096, 256 if args.cpu else 4096, device=device), []
+    activities = [ProfilerActivity.CPU if args.cpu else ProfilerActivity.CUDA]
+    with profile(activities=activities) as profiler:
+        for k in range(40):
+            batch = [torch.full(shape, k, dtype=torch.uint8), torch.full(shape[:1], k)]
+            batch = batch if args.cpu else [tensor.pin_memory() for tensor in batch]
+            images, labels = engine.to_device(batch, device)
+            work = (work @ work).clamp(-1, 1)
+            means.append(torch.stack([images.double().mean(), labels.double().mean()]))
+        found = torch.stack(means).cpu()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    assert torch.equal(found, torch.arange(40.0).double()[:, None].expand(40, 2)), found[:, 0].tolist()
+    copies = [event for event in events if event.get("cat") == "gpu_memcpy" and "HtoD" in event["name"]]
+    streams = {event["args"]["stream"] for event in copies}
+    kernels = {event["args"]["stream"] for event in events if event.get("cat") == "kernel"}
+    assert args.cpu or streams - kernels, f"copies on streams {streams}, kernels on {kernels}"
+    return f"40 batches; copies on streams {sorted(streams)}, kernels on {sorted(kernels)}"
+
+
+@torch.no_grad()
+def check_teacher(args):
+    """The attention of frozen teachers is as close to timm's float32 logits and maps as timm's own in that dtype."""
+    model, ids = jobs.timm_model(args.teacher_model, args).to(args.device).eval(), jobs.IDS[args.teacher_model][1]
+    ids = ids[: args.pairs]
+    for key, parameter in model.named_parameters():  # untrained layer scales would hide the attention
+        parameter.add_(torch.randn_like(parameter), alpha=0.1 if parameter.ndim < 2 or "proj_" in key else 0.0)
+    hooks = spectral.FeatureHooks(model, ids)
+    images = torch.randn(4, 3, args.input_size, args.input_size, device=args.device)
+
+    def outputs(network, dtype):
+        with engine.autocast(images.device, dtype):
+            return [tensor.float() for tensor in (network(images), *hooks.pop())]
+
+    def error(found):
+        pairs = zip(found, expected, strict=True)
+        return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+
+    expected = outputs(model, torch.float32)
+    by_timm = {dtype: error(outputs(model, dtype)) for dtype in HALVES}
+    details = []
+    for choice in ("eager",) if args.cpu else ("eager", "triton"):
+        fast = fast_attention(copy.deepcopy(model), choice)
+        hooks = spectral.FeatureHooks(fast, ids)
+        exact, *halves = [error(outputs(fast, dtype)) for dtype in (torch.float32, *HALVES)]
+        details.append(f"{choice}: {exact:.1e}, {halves[0]:.1e}, {halves[1]:.1e}")
+        assert exact < 1e-4, details
+        assert all(own < 2 * by_timm[dtype] for own, dtype in zip(halves, HALVES, strict=True)), (details, by_timm)
+    maps = torch.randn(8, 196, 196, device=args.device, dtype=torch.float16)
+    equal = torch.equal(maps.softmax(-1), maps.float().softmax(-1).half())
+    assert args.cpu or equal, "softmax in half precision is not the float32 softmax rounded once"
+    timms = ", ".join(f"{value:.1e}" for value in by_timm.values())
+    return f"errors in float32, float16, bfloat16: {'; '.join(details)} (timm {timms}); half softmax equal: {equal}"
+
+
+def check_loss(args):
+    """The closed form has the value and gradient of the transform; compiled and on float16 maps too."""
+    closed = {"closed": spectral.closed_spectral_loss}
+    if not args.cpu:
+        closed["compiled"] = torch.compile(spectral.closed_spectral_loss, dynamic=False)
+    worst = {}
+    for shape, width in (((4, 192, 14, 14), 384), ((4, 96, 56, 56), 96), ((4, 768, 7, 7), 768)):
+        for dtype in (torch.float32, torch.float16):
+            student = torch.randn(shape, device=args.device).to(dtype)
+            teacher = torch.randn(shape[0], width, *shape[2:], device=args.device).to(dtype)
+            value, gradient = _value_and_gradient(spectral.spectral_loss, student.double(), teacher.double())
+            for name, loss in closed.items():
+                own, own_gradient = _value_and_gradient(loss, student, teacher)
+                errors = abs(own / value - 1), ((own_gradient - gradient).abs().max() / gradient.abs().max())
+                worst[name, dtype] = max(worst.get((name, dtype), 0.0), *(error.item() for error in errors))
+    detail = ", ".join(f"{name} {dtype}: {error:.1e}" for (name, dtype), error in worst.items())
+    assert all(error < (1e-5 if dtype == torch.float32 else 2e-2) for (_, dtype), error in worst.items()), detail
+    return detail
+
+
+def _value_and_gradient(loss, student, teacher):
+    student = student.detach().requires_grad_()
+    value = loss(student, teacher)
+    (2.0**16 * value).backward()  # scaled as training does, because small float16 gradients vanish
+    return value.detach().double(), student.grad.double() / 2.0**16
+
+
+def check_scaler(args):
+    """A gradient that is not finite changes nothing but the scale; three such losses end the run."""
+    for dtype in ("bfloat16",) if args.cpu else ("float16", "bfloat16"):
+        job = jobs.fast_job(variant(args, amp_dtype=dtype, batch_size=2))
+        batches = jobs.synthetic_batches(variant(args, batch_size=2), 3)["fast"]
+        job.train(batches)
+        state, scale = job.state, job.state.scaler.get_scale()
+        before = copy.deepcopy([state.model.state_dict(), state.optimizer.state_dict()["state"]])
+        parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+        state.scaler.scale(parameters[0].sum()).backward()
+        for parameter in parameters:
+            parameter.grad = torch.full_like(parameter, float("nan"))
+        engine.optimizer_step(state, parameters, None)
+        torch.testing.assert_close(
+            [state.model.state_dict(), state.optimizer.state_dict()["state"]], before, rtol=0, atol=0
+        )
+        assert state.scaler.get_scale() == (scale / 2 if dtype == "float16" else 1.0)
+        job.criterion.base_weight = float("nan")
+        with contextlib.suppress(utils.Diverged):
+            job.train(batches, print_freq=1)
+            raise AssertionError(f"three losses of NaN did not end the run in {dtype}")
+    return "weights, moments and counters unchanged"
+
+
+def check_against_cpu(args):
+    """Three float32 steps have the terms of a CPU's; TF32 and half precision are reported."""
+    args = variant(args, amp_dtype="float32", batch_size=4)
+    batches = jobs.synthetic_batches(variant(args, device="cpu"), 3)["fast"]
+
+    def terms(**changes):
+        utils.seed_everything(0)
+        job = jobs.fast_job(variant(args, **changes))
+        job.prepare.erase = None  # draws other numbers on a GPU
+        job.train(batches, train_mode=False)
+        return torch.tensor(list(job.state.meter.averages().values()))
+
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    expected = terms(device="cpu")
+    errors = {"float32": (terms() / expected - 1).abs().max().item()}
+    torch.set_float32_matmul_precision("high")
+    errors["TF32"] = (terms() / expected - 1).abs().max().item()
+    torch.set_float32_matmul_precision(precision)
+    half = "bfloat16" if args.cpu else "float16"
+    errors[half] = (terms(amp_dtype=half) / expected - 1).abs().max().item()
+    detail = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+    assert errors["float32"] < 1e-4, detail
+    return detail
+
+
+def check_repeatability(args):
+    """Five steps twice, with deterministic algorithms and without: bits of the weights."""
+    batches = jobs.synthetic_batches(variant(args, batch_size=4), 5)["fast"]
+
+    def weights():
+        utils.seed_everything(0)
+        job = jobs.fast_job(variant(args, batch_size=4))
+        job.train(batches)
+        return torch.cat([p.detach().flatten() for p in job.state.model.parameters()])
+
+    usual = torch.equal(weights(), weights())
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        same = torch.equal(weights(), weights())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert same, "deterministic algorithms gave different weights"
+    return f"equal without deterministic algorithms: {usual}"
+
+
+def check_recompiles(args):
+    """`--compile both` compiles nothing again over two epochs with evaluations."""
+    need_gpu(args)
+    job = jobs.fast_job(variant(args, compile="both", batch_size=8))
+    batches = jobs.synthetic_batches(variant(args, batch_size=8), 3)["fast"]
+    options = {"device": torch.device(args.device), "prepare": job.prepare, "amp_dtype": torch.float16}
+    job.train(batches)
+    engine.evaluate(job.state.model, batches, **options)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(2):
+            job.train(batches)
+            engine.evaluate(job.state.model, batches, **options)
+    return "two epochs"
+
+
+# The program as its users start it
+
+
+def start(args, *flags, processes=0):
+    """Start main.py with a tiny student on GRATINGS."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
+    command = [sys.executable, *launcher, ROOT / "main.py", "--data-set", "GRATINGS", "--gratings-sizes", "512", "64"]
+    command += ["--model", "deit_tiny_patch16_224", "--input-size", "32", "--model-kwargs", *TINY, "--num_workers", "0"]
+    command += ["--epochs", "2", "--warmup-epochs", "0", "--batch-size", "16", "--device", args.device, *flags]
+    return subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def check_resume(args):
+    """SIGTERM in mid-epoch and a resume give the weights of the uninterrupted run; a CPU's to the bit."""
+    with tempfile.TemporaryDirectory() as folder:
+        whole, cut = Path(folder) / "whole", Path(folder) / "cut"
+        process = start(args, "--output_dir", whole)
+        assert process.wait(240) == 0, process.stderr.read()[-500:]
+        process = start(args, "--output_dir", cut)
+        for line in process.stdout:
+            if line.startswith("Epoch: [0]"):
+                break
+        process.send_signal(signal.SIGTERM)
+        began = time.perf_counter()
+        assert process.wait(60) == 128 + signal.SIGTERM, process.stderr.read()[-500:]
+        seconds = time.perf_counter() - began
+        process = start(args, "--output_dir", cut, "--resume", "auto")
+        assert process.wait(240) == 0, process.stderr.read()[-500:]
+        weights = [torch.load(path / "checkpoint.pth", map_location="cpu")["model"] for path in (whole, cut)]
+    difference = max((weights[0][key] - weights[1][key]).abs().max().item() for key in weights[0])
+    assert difference <= (0 if args.cpu else 1e-2), difference
+    return f"largest difference of a weight {difference:.1e}; state saved {seconds:.1f} s after the signal"
+
+
+def check_launcher(args):
+    """Under torchrun the program starts, ends with 0 and warns of nothing; two processes where there are two GPUs."""
+    processes = 1 if args.cpu else min(2, torch.cuda.device_count())
+    process = start(args, processes=processes)
+    output, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors[-500:]
+    warnings = [line for line in errors.splitlines() if "warn" in line.lower() and "OMP_NUM_THREADS" not in line]
+    assert not warnings, warnings
+    assert "Accuracy of the network" in output
+    return f"{processes} processes"
+
+
+def check_memory_error(args):
+    """A batch that does not fit ends with exit code 2 and one line that names --batch-size."""
+    need_gpu(args)
+    number = 40_000
+    flags = ["--model", "deit_tiny_patch16_224", "--model-kwargs", "depth=12", "--input-size", "224"]
+    flags += ["--gratings-sizes", number, "64", "--batch-size", number, "--num_workers", os.cpu_count(), "--dry-run"]
+    process = start(args, *flags)
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 2, (process.returncode, errors[-500:])
+    assert "--batch-size" in errors, errors[-500:]
+    return errors.strip().splitlines()[-1][:200]
+
+
+CHECKS = {
+    "no synchronization between console lines": check_synchronization,
+    "batches copied ahead arrive whole": check_copies,
+    "teacher attention equals timm's": check_teacher,
+    "closed form equals the transform": check_loss,
+    "a bad gradient is skipped": check_scaler,
+    "terms equal a CPU's": check_against_cpu,
+    "repeatability": check_repeatability,
+    "no recompilation": check_recompiles,
+    "resume": check_resume,
+    "launcher": check_launcher,
+    "out of memory": check_memory_error,
+}

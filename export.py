@@ -1,0 +1,133 @@
+"""Write a trained model in timm's format, for `timm.create_model`, `hf upload` and timm's ONNX export."""
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models import PretrainedCfg
+from timm.models._hub import save_config_for_hf
+from torch import nn
+
+import utils
+from weights import model_config
+
+CARD = """\
+---
+library_name: timm
+pipeline_tag: image-classification
+tags:
+- image-classification
+- timm
+- knowledge-distillation
+---
+# {title}
+
+{details}
+
+## Usage
+
+```python
+import timm
+
+model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()  # or "hf-hub:OWNER/NAME"
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+```
+
+Older releases of timm take `timm.create_model("{architecture}", checkpoint_path="FOLDER/model.safetensors", ...)`
+with the `model_args` of `config.json`.
+"""
+
+
+def export_model(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    input_size: int,
+    crop_ratio: float = 0.875,
+    classes: Sequence[str] | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    facts: Mapping[str, str] | None = None,
+) -> None:
+    """Write config.json, model.safetensors and README.md (the model card).
+
+    Args:
+        model: a model of `models.build_model`. Its `pretrained_cfg` is replaced by the exported one.
+        folder: created if it does not exist.
+        input_size: side of the images in pixels.
+        crop_ratio: side of the center crop for evaluation over the shorter side of the resized image.
+        classes: names of the classes in the order of the logits.
+        model_args: further arguments of the model, such as {"embed_dim": 24}.
+        facts: entries of the model card, such as `card_facts`.
+
+    Raises:
+        UserError: the files cannot be written, or timm cannot describe the model.
+    """
+    kept = ("architecture", "fixed_input_size", "mean", "std", "pool_size", "first_conv", "classifier")
+    config = {key: value for key, value in model_config(model).items() if key in kept}
+    config |= {"input_size": (3, input_size, input_size), "crop_pct": crop_ratio}
+    args = dict(model_args or {})
+    if config.get("fixed_input_size"):
+        args.setdefault("img_size", input_size)
+    labels = {"label_names": list(classes)} if classes else {}
+    folder = Path(folder)
+    details = "\n".join(f"- **{name}:** {value}" for name, value in (facts or {}).items())
+    with utils.as_user_error(f"cannot export to {folder}: ", Exception):
+        model.pretrained_cfg = PretrainedCfg(**config, num_classes=cast(int, model.num_classes)).to_dict()
+        folder.mkdir(parents=True, exist_ok=True)
+        # like timm's save_for_hf, which needs a huggingface_hub that fits this release of timm
+        config_path: Any = folder / "config.json"  # timm 1.0.11 needs a Path, which later type hints do not list
+        save_config_for_hf(model, config_path, model_config=labels, model_args=args)
+        save_file(model.state_dict(), folder / "model.safetensors")
+        card = CARD.format(title=folder.resolve().name, details=details, architecture=config["architecture"])
+        utils.write_atomically(folder / "README.md", lambda file: file.write(card.encode()))
+
+
+def card_facts(
+    args: Mapping[str, Any],
+    log: str | Path | None = None,
+    *,
+    epoch: int | None = None,
+    ema: bool = False,
+    command: str = "",
+) -> dict[str, str]:
+    """Return the entries of a model card: accuracy, recipe, teacher, command line and versions.
+
+    Args:
+        args: the run's flags by name.
+        log: the run's log.txt, which has the accuracy.
+        epoch: the epoch whose weights are exported; None for the best one.
+        ema: the exported weights are the moving average.
+        command: the command line that repeats the run.
+    """
+    facts = {}
+    metric = "test_ema_acc" if ema else "test_acc"
+    lines = _read_log(log, f"{metric}1", epoch)
+    if lines:
+        best = max(lines, key=lambda line: line[f"{metric}1"])
+        top5 = f", top-5 {best[f'{metric}5']:.2f}%" if f"{metric}5" in best else ""
+        facts["Accuracy"] = f"top-1 {best[f'{metric}1']:.2f}%{top5} on {args.get('data_set')}, epoch {best['epoch']}"
+    facts["Weights"] = "moving average" if ema else "as trained"
+    recipe = ("epochs", "input_size", "batch_size", "accum_steps", "world_size", "opt", "lr", "weight_decay", "sched")
+    facts["Recipe"] = ", ".join(f"{key.replace('_', ' ')} {args[key]}" for key in recipe if args.get(key) is not None)
+    if args.get("distillation_type", "none") != "none":
+        pairs = zip(args.get("s_id", []), args.get("t_id", []), strict=False)
+        blocks = ", ".join(f"{student} <- {teacher}" for student, teacher in pairs)
+        blocks = f"; blocks {blocks}" if blocks else ""
+        facts["Teacher"] = f"{args['teacher_model']} ({args['distillation_type']} distillation{blocks})"
+    if command:
+        facts["Command line"] = f"`{command}`"
+    facts["Versions"] = f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}"
+    return facts
+
+
+def _read_log(path: str | Path | None, metric: str, epoch: int | None) -> list[dict[str, Any]]:
+    """Return the lines of log.txt that have the metric, or only that of the epoch if one is given."""
+    if path is None or not Path(path).is_file():
+        return []
+    lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.startswith("{")]
+    return [line for line in lines if metric in line and epoch in (None, line["epoch"])]

@@ -1,0 +1,74 @@
+"""Names of models, their sources, and the names of the classes that their weights predict."""
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from torch import nn
+
+import utils
+from weights import model_config
+
+# How timm reads the config.json of models from each source; older releases have no local-dir.
+CONFIG_READERS: dict[str, Any] = {
+    "hf-hub": timm.models.load_model_config_from_hf,
+    "local-dir": getattr(timm.models._hub, "load_model_config_from_path", None),
+}
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Return (source, identifier); the source is "" for timm's own models, such as timm/resnet18."""
+    source, colon, identifier = name.partition(":")
+    return (source, identifier) if colon else ("", name.removeprefix("timm/"))
+
+
+def check_name(name: str) -> None:
+    """Raise a UserError unless timm has a model of this name, and the pretrained tag if one is given.
+
+    `hf-hub:owner/name` and `local-dir:FOLDER` are accepted as well, if the installed timm supports them.
+    """
+    source, identifier = split_name(name)
+    if not source:
+        if not timm.is_model(identifier):
+            near = difflib.get_close_matches(identifier, timm.list_models(), n=3, cutoff=0.5)
+            raise utils.UserError(f"timm has no model {name}: try {' or '.join(near) or 'one of timm.list_models()'}")
+        with utils.as_user_error("", RuntimeError):
+            timm.models.get_pretrained_cfg(identifier)
+    elif source not in CONFIG_READERS or (source == "hf-hub" and identifier.count("/") != 1):
+        raise utils.UserError(f"model {name}: expected a name of timm, hf-hub:owner/name or local-dir:FOLDER")
+    elif CONFIG_READERS[source] is None:
+        raise utils.UserError(f"model {name}: timm {timm.__version__} has no {source}: models: install a newer timm")
+    elif source == "local-dir" and not (Path(identifier) / "config.json").is_file():
+        raise utils.UserError(f"model {name}: there is no {identifier}/config.json: give a folder of --export")
+
+
+def pretrained_config(name: str) -> dict[str, Any]:
+    """Return timm's pretrained_cfg for a model name, read from its source; {} if there is none."""
+    source, identifier = split_name(name)
+    if source:
+        with utils.as_user_error(f"model {name}: cannot read its config.json: ", Exception):
+            return CONFIG_READERS[source](identifier)[0]
+    config = timm.models.get_pretrained_cfg(identifier)
+    return config.to_dict() if config else {}
+
+
+def class_names(model: nn.Module, name: str, pretrained: bool, num_classes: int) -> list[str] | None:
+    """Return the names of the classes that a model predicts, in the order of its logits, or None.
+
+    They come from the config of the weights; for timm's own ImageNet weights they are WordNet ids ("n01440764"). There
+    are none for a model without pretrained weights or with a head for other classes.
+    """
+    config = model_config(model)
+    if not pretrained or config["num_classes"] != num_classes:
+        return None
+    names = config.get("label_names")
+    if not names and (name.startswith("hf-hub:timm/") or not split_name(name)[0]):
+        subset = infer_imagenet_subset(config)
+        names = ImageNetInfo(subset).label_names() if subset else None
+    if isinstance(names, Mapping):  # {"0": name}, from JSON
+        names = {int(index): label for index, label in names.items()}
+        names = [names[index] for index in sorted(names)]
+    return list(names) if names and len(names) == num_classes else None

@@ -1,0 +1,255 @@
+"""The figures of analyze.py and tables.py.
+
+A subject is an `analyze.Subject`: a model's name, the measurements of its blocks, and `curve(key)`, a number per block.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+from matplotlib import cm, colors
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+STYLE: Any = {"font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False}
+STYLE |= {"axes.linewidth": 0.6, "lines.linewidth": 1.2, "lines.markersize": 3.5, "legend.frameon": False}
+STYLE |= {"pdf.fonttype": 42}  # keeps text as text
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
+MARKERS = "osD^vP"
+STYLES = ("-", "--", ":", "-.")
+DEPTH_COLORS = "viridis"
+SHUFFLED: Any = {"label": "channels shuffled", "color": "black", "ls": "", "marker": "x", "ms": 3, "mew": 0.7}
+RMS: Any = {"label": r"$\sqrt{\pi}/2\ \times$ RMS", "color": "black", "ls": ":", "lw": 0.9, "zorder": 3}
+PAGE_WIDTH = 7  # inches
+CHANNEL_FREQUENCY = "frequency along channels (cycles per channel)"
+CORRECTED = r"intensity $\times\ \sqrt{C}$"
+ENTROPY = {
+    "entropy": "entropy (bits), one range for all blocks",
+    "entropy_own_range": "entropy (bits), range of each block",
+    "magnitude": "mean magnitude of the features",
+}
+WIDE_SPREAD = 30  # curves with a larger ratio get a logarithmic axis
+
+
+def draw(subjects: list, pairs: dict | None = None) -> dict[str, Figure]:
+    """Return {name: figure} for all measurements and the suggested pairs."""
+    figures = {"intensity": draw_intensity(subjects)}
+    figures["spectrum"] = draw_lines(subjects, half_spectrum, CHANNEL_FREQUENCY, "spectrum $S$")
+    figures["heatmap"] = draw_heatmap(subjects)
+    figures["radial"] = draw_lines(subjects, radial_power, "frequency over the grid (cycles per token)", "power")
+    if "entropy" in subjects[0].blocks[0]:
+        figures["entropy"] = draw_over_depth(subjects, ENTROPY)
+    return figures | ({"suggestion": draw_suggestion(subjects[0], pairs)} if pairs else {})
+
+
+def draw_milestones(subjects: list) -> dict[str, Figure]:
+    """Return {name: figure} for a training run; each subject is named after its epoch, as in "epoch 100"."""
+    curves = {"intensity": "intensity", "rms": "RMS of the features"}
+    if "entropy" in subjects[0].blocks[0]:
+        curves |= {key: title for key, title in ENTROPY.items() if key != "magnitude"}
+    epochs = [int(subject.name.rpartition(" ")[2]) for subject in subjects]
+    return {"milestones": draw_over_depth(subjects, curves, epochs)}
+
+
+def half_spectrum(block: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Return frequencies and values of the first C // 2 bins of the layer-wise spectrum."""
+    half = len(block["spectrum"]) // 2
+    return np.arange(half) / len(block["spectrum"]), block["spectrum"][:half].numpy()
+
+
+def radial_power(block: dict) -> tuple:
+    return block["radial_frequency"], block["radial_power"]
+
+
+def depth_axis(subjects: list):
+    """Return (subject -> x of its blocks, label): block numbers, or relative depth if the models differ in depth."""
+    if len({len(subject.blocks) for subject in subjects}) == 1:
+        return (lambda subject: np.arange(len(subject.blocks))), "block"
+    return (lambda subject: np.linspace(0, 1, len(subject.blocks))), "relative depth"
+
+
+def draw_intensity(subjects: list) -> Figure:
+    """Draw intensity over depth: on the left with shuffled channels, on the right times sqrt(C) with the RMS."""
+    place, label = depth_axis(subjects)
+    figure, handles = Figure(figsize=(PAGE_WIDTH, 2.5), layout="constrained"), []
+    left, right = figure.subplots(1, 2)
+    for i, subject in enumerate(subjects):
+        x, style = place(subject), {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
+        handles += left.plot(x, subject.curve("intensity"), label=subject.name, **style)
+        shuffled = left.plot(x, subject.curve("intensity_shuffled"), **SHUFFLED)
+        right.plot(x, subject.curve("intensity_corrected"), **style)
+        rms = right.plot(x, subject.curve("rms") * math.sqrt(math.pi) / 2, **RMS)
+    for axis, ylabel in ((left, "intensity"), (right, CORRECTED)):
+        axis.set(xlabel=label, ylabel=ylabel)
+        finish_depth(axis, label)
+    handles += shuffled + rms
+    columns = math.ceil(len(handles) / math.ceil(len(handles) / 5))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+    return figure
+
+
+def draw_over_depth(subjects: list, curves: dict[str, str], epochs: list[int] | None = None) -> Figure:
+    """Draw one panel per curve, {key: title}, with colors for the models, or for the epochs if they are given."""
+    place, label = depth_axis(subjects)
+    rows = math.ceil(len(curves) / 3)
+    columns = math.ceil(len(curves) / rows)
+    figure = Figure(figsize=(PAGE_WIDTH, 0.5 + 2.1 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+    styles: list[dict] = [{"color": COLORS[i % 7], "marker": MARKERS[i % 6]} for i in range(len(subjects))]
+    if epochs:
+        scale = cm.ScalarMappable(colors.Normalize(epochs[0], epochs[-1]), DEPTH_COLORS)
+        styles = [{"color": scale.to_rgba(epoch), "marker": "."} for epoch in epochs]
+        figure.colorbar(scale, ax=axes, label="epoch", ticks=MaxNLocator(integer=True))
+    for axis, (key, title) in zip(axes, curves.items(), strict=True):
+        for subject, style in zip(subjects, styles, strict=True):
+            axis.plot(place(subject), subject.curve(key), label=subject.name, **style)
+        axis.set(title=title, xlabel=label)
+        finish_depth(axis, label, scale=not key.startswith("entropy"))
+    entropies = [axis for axis, key in zip(axes, curves, strict=True) if key.startswith("entropy")]
+    for axis in entropies[1:]:
+        axis.sharey(entropies[0])
+        axis.autoscale_view()
+    if not epochs:
+        handles = axes[0].lines
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5))
+    return figure
+
+
+def finish_depth(axis, label: str, scale: bool = True) -> None:
+    """Start the axis of curves over depth at zero, or make it logarithmic if they differ a lot; mark whole blocks."""
+    levels = np.concatenate([line.get_ydata() for line in axis.lines])
+    if scale and levels.max() > WIDE_SPREAD * levels.min() > 0:
+        axis.set_yscale("log")
+    elif scale:
+        axis.set_ylim(0, 1.05 * levels.max() or 1)
+    if label == "block":
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def draw_lines(subjects: list, line, xlabel: str, ylabel: str) -> Figure:
+    """Draw one line per block, colored by depth; `line` returns the x and y of a block."""
+    place, label = depth_axis(subjects)
+    scale = cm.ScalarMappable(colors.Normalize(0, max(place(subjects[0])[-1], 1)), DEPTH_COLORS)
+
+    def plot(axis, subject):
+        for x, block in zip(place(subject), subject.blocks, strict=True):
+            axis.plot(*line(block), color=scale.to_rgba(x), lw=0.8)
+        axis.set_yscale("log")
+
+    ticks = MaxNLocator(integer=True) if label == "block" else None
+    return draw_panels(subjects, plot, scale, xlabel, ylabel, sharey=True, label=label, ticks=ticks)
+
+
+def draw_heatmap(subjects: list) -> Figure:
+    """Draw the layer-wise spectrum by block and frequency, with one scale for all models."""
+    levels = np.concatenate([half_spectrum(block)[1] for subject in subjects for block in subject.blocks])
+    scale = cm.ScalarMappable(colors.LogNorm(*np.quantile(levels[levels > 0], (0.002, 0.998))), DEPTH_COLORS)
+
+    def plot(axis, subject):
+        for i, block in enumerate(subject.blocks):
+            frequency, values = half_spectrum(block)
+            edges, rows = np.append(frequency, 0.5), (i - 0.5, i + 0.5)
+            axis.pcolormesh(edges, rows, values[None], norm=scale.norm, cmap=scale.cmap, rasterized=True)
+        axis.set_xlim(0, 0.5)
+        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+
+    return draw_panels(subjects, plot, scale, CHANNEL_FREQUENCY, "block", label="spectrum $S$")
+
+
+def draw_panels(subjects: list, plot, scale, xlabel: str, ylabel: str, sharey=False, **colorbar) -> Figure:
+    """Draw a panel per model, at most four per row, not wider than a page, and a color bar."""
+    rows = math.ceil(len(subjects) / 4)
+    columns = math.ceil(len(subjects) / rows)
+    figure = Figure(figsize=(min(1.5 + 2.1 * columns, PAGE_WIDTH), 0.4 + 2.1 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=sharey).flatten().tolist()
+    while len(axes) > len(subjects):
+        axes.pop().remove()
+    for axis in axes[-columns:]:
+        axis.tick_params(labelbottom=True)
+    for axis, subject in zip(axes, subjects, strict=True):
+        plot(axis, subject)
+        axis.set_title(subject.name)
+    figure.supxlabel(xlabel, fontsize="medium")
+    figure.supylabel(ylabel, fontsize="medium")
+    figure.colorbar(scale, ax=axes, **colorbar)
+    return figure
+
+
+def draw_suggestion(teacher, pairs: dict) -> Figure:
+    """Draw the teacher's curve, and mark the chosen blocks with the number of their student block."""
+    figure = Figure(figsize=(3.6, 2.5), layout="constrained")
+    axis, curve = figure.subplots(), teacher.curve("intensity_corrected")
+    axis.plot(curve, color=COLORS[0], marker=".", label=teacher.name)
+    axis.plot(pairs["t_id"], curve[pairs["t_id"]], "o", ms=7, mfc="none", color=COLORS[1], label="chosen")
+    for s, t in zip(pairs["s_id"], pairs["t_id"], strict=True):
+        axis.annotate(s, (t, curve[t]), textcoords="offset points", xytext=(0, 6), ha="center", color=COLORS[1])
+    axis.set(xlabel="teacher block (numbers: student block)", ylabel=CORRECTED, ylim=(0, 1.12 * curve.max()))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.legend()
+    return figure
+
+
+TERMS = {"train_loss_base": "weighted cross-entropy", "train_loss_dist": "weighted logit distillation"}
+TERMS |= {"train_loss_fft": "weighted feature loss"}
+
+
+def draw_training(table: list) -> Figure:
+    """Draw top-1 and loss terms over epochs for (row, runs) pairs: a color per row, a line per seed."""
+    logged = [stats for _, runs in table for run in runs for stats in run.epochs.values()]
+    terms = [term for term in TERMS if any(stats.get(term) for stats in logged)]
+    mosaic: list[list[Any]] = [["test_acc1", term] for term in terms] or [["test_acc1"]]
+    figure = Figure(figsize=(10, 5.8), dpi=200, layout="constrained")
+    axes = figure.subplot_mosaic(mosaic, width_ratios=(5, 3)[: len(mosaic[0])], sharex=True)
+    one_student = len({row["student"] for row, _ in table}) == 1 and table[0][0]["student"]
+    for i, (row, runs) in enumerate(table):
+        style: Any = {"color": COLORS[i % len(COLORS)], "ls": STYLES[i // len(COLORS) % len(STYLES)], "lw": 1.3}
+        label = row["method"] if one_student else f"{row['run']}: {row['method']}"
+        label = ", ".join([label, *(f"{name} {text(x)}" for name, x in row["varied"].items() if x not in (None, []))])
+        for j, run in enumerate(runs):
+            for name, axis in axes.items():
+                points = [(epoch + 1, stats.get(name)) for epoch, stats in sorted(run.epochs.items())]
+                points = [point for point in points if point[1]]  # unused terms are logged as zero
+                axis.plot([x for x, _ in points], [y for _, y in points], label=None if j else label, **style)
+    for name, axis in axes.items():
+        axis.set_title(TERMS.get(name, "top-1 on the validation set, %"), loc="left", fontsize=10)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        axis.grid(color="0.9")
+        if name in TERMS:
+            axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.spines[["top", "right"]].set_visible(False)
+    for name in mosaic[-1]:
+        axes[name].set_xlabel("epoch")
+    figure.legend(*axes["test_acc1"].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def text(value) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
+
+
+def draw_sweep(rows: list[dict]) -> Figure:
+    """Draw the best top-1 over the first varied flag, with the deviation over seeds; a line per method and setting.
+
+    Rows to which the flag does not apply are horizontal lines.
+    """
+    figure = Figure(figsize=(6, 4.2), dpi=200, layout="constrained")
+    axis, lines = figure.subplots(), {}
+    for row in rows:
+        varied = {name: value if type(value) in (int, float) else text(value) for name, value in row["varied"].items()}
+        (flag, x), *others = varied.items()
+        label = ", ".join([row["method"].partition(" (")[0], *(f"{name} {y}" for name, y in others if y != "")])
+        lines.setdefault(label, []).append((x, row["best"], row["best_std"] or 0))
+    for i, (label, points) in enumerate(lines.items()):
+        style: Any = {"color": COLORS[i % len(COLORS)], "label": label}
+        if points[0][0] == "":
+            axis.axhline(points[0][1], ls="--", **style)
+        else:
+            axis.errorbar(*zip(*points, strict=True), marker=MARKERS[i % len(MARKERS)], capsize=2, **style)
+    axis.set(xlabel=f"--{flag}", ylabel="best top-1 on the validation set, %")
+    axis.grid(color="0.9")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    return figure

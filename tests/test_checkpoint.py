@@ -1,0 +1,127 @@
+"""Checkpoint files that survive kills, full disks and damage; the lock on the output folder."""
+
+import errno
+import fcntl
+import inspect
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+from files import equal, largest_file, state
+from processes import fork
+
+import utils
+from checkpoint import CheckpointFolder, FolderLock
+from weights import load_checkpoint
+
+SAVE_FOR_EVER = """
+import torch
+from checkpoint import open_output_folder
+{state}
+folder = open_output_folder({folder!r})
+number = folder.load_newest()[1]["number"] if folder.files() else 0
+while True:
+    number += 1
+    print("saves", number, flush=True)
+    folder.save(state(number), best=number % 3 == 0, milestone=number % 2)
+"""
+
+
+def kill_while_saving(folder, kills):
+    """SIGKILLs a process that does nothing but save; returns how many kills fell into the writing of a file.
+
+    After each kill every checkpoint must be whole, and the newest no older than before.
+    """
+    generator, hits, newest = random.Random(0), 0, 0
+    for _ in range(kills):
+        run = fork(before=SAVE_FOR_EVER.format(state=inspect.getsource(state), folder=str(folder)))
+        run.says(f"saves {newest + 2}")  # starting up takes it a while
+        time.sleep(generator.random() * 0.05)
+        run.send(signal.SIGKILL)
+        assert run.code() == -signal.SIGKILL
+        hits += any(folder.glob(".*.tmp"))
+        for path in folder.glob("*.pth"):
+            checkpoint = load_checkpoint(path)
+            assert equal(checkpoint, state(checkpoint["number"]))
+        found = CheckpointFolder(folder).load_newest()[1]["number"]
+        assert found > newest
+        newest = found
+    return hits
+
+
+def test_a_kill_at_any_moment_of_a_save_leaves_whole_checkpoints(tmp_path):
+    assert kill_while_saving(tmp_path, 20) >= 5
+
+
+@pytest.mark.sweep
+def test_a_hundred_kills_leave_whole_checkpoints(tmp_path):
+    hits = kill_while_saving(tmp_path, 100)
+    print(f"100 kills, {hits} while a file was written: every checkpoint whole")
+
+
+def test_a_bad_tensor_is_never_written(tmp_path):
+    folder = CheckpointFolder(tmp_path)
+    assert folder.save(state(1))
+    for part in ("model", "optimizer"):
+        bad = state(2)
+        tensor = bad["model"]["layer3.weight"] if part == "model" else bad["optimizer"]["state"][3]["exp_avg"]
+        tensor[0, 0] = torch.nan
+        with pytest.raises(utils.Diverged, match=f"checkpoint {part} .*3.* is not finite: not saved"):
+            folder.save(bad)
+    assert load_checkpoint(tmp_path / "checkpoint.pth")["number"] == 1
+
+
+def test_a_failed_save_keeps_the_files_and_the_third_in_a_row_raises(tmp_path, capsys):
+    folder = CheckpointFolder(tmp_path)
+    assert folder.save(state(1))
+    assert folder.save(state(2))
+    with largest_file(100_000):
+        assert not folder.save(state(3))
+        assert not folder.save(state(4))
+    assert folder.save(state(5))  # counting begins anew
+    with largest_file(100_000):
+        assert not folder.save(state(6))
+        assert not folder.save(state(7))
+        with pytest.raises(utils.UserError, match="3 checkpoints in a row could not be written"):
+            folder.save(state(8))
+    numbers = [load_checkpoint(tmp_path / name)["number"] for name in (folder.LATEST, folder.PREVIOUS)]
+    assert numbers == [5, 2]
+    assert not list(tmp_path.glob(".*.tmp"))
+    assert capsys.readouterr().out.count("warning: checkpoint not written; the previous one is kept: [Errno 27]") == 5
+
+
+def test_the_newest_valid_checkpoint_is_found_by_its_epoch(tmp_path, capsys):
+    """Modification times lie: the oldest milestone has the latest."""
+    folder = CheckpointFolder(tmp_path)
+    for number in range(1, 5):
+        folder.save(state(number), milestone=number if number < 3 else None)
+    os.utime(tmp_path / "checkpoint_0001.pth", (2**32, 2**32))
+    for name, expected in [("checkpoint.pth", 3), ("checkpoint_previous.pth", 2), ("checkpoint_0002.pth", 1)]:
+        (tmp_path / name).write_bytes(b"PK damaged")
+        assert folder.load_newest()[1]["number"] == expected
+        assert f"{tmp_path / name} is not a valid checkpoint" in capsys.readouterr().out
+
+
+def test_a_child_that_outlives_its_process_does_not_keep_the_lock(tmp_path):
+    """As a loader worker may for a moment."""
+    lock = f"import os, time; from checkpoint import FolderLock; lock = FolderLock({str(tmp_path)!r})\n"
+    child = "pid = os.fork()\nif pid: print('child', pid, flush=True)\ntime.sleep(60)"
+    run = fork(before=lock + child).says("child")
+    with pytest.raises(utils.UserError, match=f"is in use by pid {run.pid} on "):
+        FolderLock(tmp_path, wait=0)
+    run.send(signal.SIGKILL)
+    run.code()
+    FolderLock(tmp_path, wait=0)
+    os.kill(int(run.text.split()[-1]), signal.SIGKILL)
+
+
+def test_a_file_system_without_locks_costs_a_warning(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    FolderLock(tmp_path)
+    assert "has no locks" in capsys.readouterr().out

@@ -1,0 +1,211 @@
+"""Classes are matched by name: the layout of a folder changes no count."""
+
+import json
+import re
+import shutil
+
+import pytest
+import timm
+import torch
+from conftest import STUDENT, jpeg_folder
+from processes import codes, fork
+
+import main
+from datasets import build_dataset, eval_transform
+from flags import key_values, parse_args
+from utils import UserError
+
+DEIT = "deit_tiny_patch16_224"
+KWARGS = key_values(STUDENT)
+CLASSES = [f"c{i}" for i in range(11, -1, -1)]  # an order that no sorting gives
+SUBSET = ["c0", "c1", "c10", "c7"]
+ON_CPU = ["--device", "cpu", "--num_workers", "0"]
+
+
+def save(path, model, **facts):
+    """Write a checkpoint of a run on 32 pixels."""
+    args = {"model": DEIT, "model_kwargs": KWARGS, "input_size": 32, "data_set": "IMNET"}
+    torch.save({"model": model.state_dict(), "args": args, **facts}, path)
+    return path
+
+
+def evaluate(checkpoint, folder, *more):
+    """Evaluate a checkpoint in this process and return the statistics."""
+    flags = ["--eval", "--resume", checkpoint, "--data-path", folder, *ON_CPU, *more]
+    return main.main(parse_args(list(map(str, flags))))
+
+
+@torch.no_grad()
+def fit_head(model, folder, classes):
+    """Solve for the head that is right on every validation image, whose labels are indices of `classes`."""
+    dataset = build_dataset("IMNET", "val", folder, eval_transform(32))
+    images = torch.stack([torch.as_tensor(image) for image, _ in dataset]) / 255
+    mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    features = model.eval().forward_head(model.forward_features((images - mean) / std), pre_logits=True)
+    labels = torch.tensor([classes.index(dataset.classes[label]) for _, label in dataset])
+    targets = torch.nn.functional.one_hot(labels, len(classes)).float()
+    model.head.weight.copy_((torch.linalg.pinv(features.double()) @ targets.double()).T)
+    model.head.bias.zero_()
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory):
+    """Folders with the same images: under the model's names, under numbers, and some of the classes only."""
+    root = tmp_path_factory.mktemp("layouts")
+    jpeg_folder(root / "names", CLASSES, ["val"], images=1)
+    shutil.copytree(root / "names", root / "numbers")
+    for i, name in enumerate(CLASSES):
+        (root / "numbers" / "val" / name).rename(root / "numbers" / "val" / str(i))
+    for name in SUBSET:
+        shutil.copytree(root / "names" / "val" / name, root / "subset" / "val" / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def model(layouts):
+    """A model that is right on every image."""
+    torch.manual_seed(0)
+    model = timm.create_model(DEIT, num_classes=len(CLASSES), **KWARGS)
+    fit_head(model, layouts / "names", CLASSES)
+    return model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(layouts, model):
+    return save(layouts / "run.pth", model, classes=CLASSES)
+
+
+@pytest.mark.parametrize(("layout", "images"), [("names", 12), ("numbers", 12), ("subset", 4)])
+def test_every_layout_gives_the_counts_of_the_plain_one(layout, images, checkpoint, layouts):
+    stats = evaluate(checkpoint, layouts / layout)
+    assert (stats["correct1"], stats["images"]) == (images, images)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "images"), [("names", 12), ("numbers", 12), ("subset", 4)])
+def test_every_layout_gives_the_counts_on_two_processes(layout, images, checkpoint, layouts):
+    runs = fork("--eval", "--resume", checkpoint, "--data-path", layouts / layout, *ON_CPU, ranks=2)
+    assert codes(runs) == [0, 0]
+    assert f"on the {images} test images: 100.000% ({images} correct" in runs[0].text
+
+
+@torch.no_grad()
+def test_a_subset_is_scored_among_its_own_classes(layouts, tmp_path, capsys):
+    """The model prefers a class that the folder lacks."""
+    model = timm.create_model(DEIT, num_classes=len(CLASSES), **KWARGS)
+    fit_head(model, layouts / "names", CLASSES)
+    model.head.bias[CLASSES.index("c5")] = 100
+    stats = evaluate(save(tmp_path / "run.pth", model, classes=CLASSES), layouts / "subset")
+    assert stats["correct1"] == 4
+    assert "predictions are limited to the data set's 4 of the model's 12 classes" in capsys.readouterr().out
+
+
+def test_eval_refuses_renamed_classes(checkpoint, layouts, tmp_path):
+    shutil.copytree(layouts / "names", tmp_path / "renamed")
+    (tmp_path / "renamed" / "val" / "c3").rename(tmp_path / "renamed" / "val" / "wasp")
+    with pytest.raises(UserError, match="1 of 12 classes are unknown to the model: wasp"):
+        evaluate(checkpoint, tmp_path / "renamed")
+
+
+def test_resume_refuses_renamed_classes(model, tmp_path):
+    folder = jpeg_folder(tmp_path / "images", ("ant", "bee"))
+    file = save(tmp_path / "run.pth", model, classes=["ant", "wasp"])
+    flags = ["--resume", file, "--data-path", folder, *ON_CPU]
+    with pytest.raises(UserError, match=r"--resume: the data set's classes differ from the run's .bee"):
+        main.main(parse_args(list(map(str, flags))))
+
+
+def test_every_checkpoint_of_a_run_names_its_classes(tmp_path):
+    folder, run = jpeg_folder(tmp_path / "images", ("ant", "bee"), images=2), tmp_path / "run"
+    flags = ["--data-path", folder, "--input-size", 32, *ON_CPU, "--model-kwargs", *STUDENT]
+    flags += ["--epochs", 1, "--warmup-epochs", 0, "--batch-size", 2, "--output_dir", run]
+    main.main(parse_args(list(map(str, flags))))
+    for name in ("checkpoint.pth", "model_best.pth"):
+        assert torch.load(run / name, weights_only=True)["classes"] == ["ant", "bee"]
+
+
+# ImageNet's names
+
+
+@pytest.fixture(scope="module")
+def thousand():
+    """A model of 1000 classes that always prefers the last one, then n01443537, then n01440764."""
+    model = timm.create_model(DEIT, num_classes=1000, **KWARGS)
+    with torch.no_grad():
+        model.head.bias[[999, 1, 0]] = torch.tensor([300.0, 200.0, 100.0])
+    return model
+
+
+def test_unnamed_weights_for_imagenet_know_its_classes(thousand, tmp_path):
+    folder = jpeg_folder(tmp_path, ("n01440764", "n01443537", "n01484850"), ["val"], images=3)
+    file = save(tmp_path / "deit.pth", thousand)
+    assert evaluate(file, folder)["correct1"] == 3
+
+
+def test_unnamed_weights_for_other_classes_are_refused(thousand, tmp_path):
+    folder = jpeg_folder(tmp_path, ("ant", "bee"), ["val"], images=1)
+    with pytest.raises(UserError, match="has 1000 unnamed classes, but the data set has 2"):
+        evaluate(save(tmp_path / "deit.pth", thousand), folder)
+
+
+def test_a_new_head_of_pretrained_weights_is_not_scored(thousand, tmp_path):
+    folder = jpeg_folder(tmp_path, ("n01440764", "n01443537"), ["val"], images=1)
+    torch.save(timm.create_model(DEIT, **KWARGS | {"img_size": 224}).state_dict(), tmp_path / "hub.pth")
+    hub = f"pretrained_cfg_overlay={{'file':'{tmp_path / 'hub.pth'}'}}"
+    flags = ["--eval", "--pretrained", "--num-classes", "2", "--data-path", str(folder), *ON_CPU, "--input-size", "32"]
+    with pytest.raises(UserError, match="--pretrained with --num-classes would score an untrained head"):
+        main.main(parse_args([*flags, "--model-kwargs", *STUDENT, hub]))
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory, thousand):
+    """1000 images in folders 0 to 999, of which 300 show the model's choice after ReaL, 600 do not, 100 nothing."""
+    root = tmp_path_factory.mktemp("real")
+    image = (jpeg_folder(root / "one", ("ant",), ["val"], images=1, size=(32, 32)) / "val/ant/0.jpg").read_bytes()
+    for i in range(1000):
+        (root / "images" / "val" / str(i)).mkdir(parents=True)
+        (root / "images" / "val" / str(i) / f"ILSVRC2012_val_{i + 1:08d}.JPEG").write_bytes(image)
+    (root / "real.json").write_text(json.dumps([[7, 999]] * 300 + [[7]] * 600 + [[]] * 100))
+    save(root / "run.pth", thousand)
+    return ["--eval", "--resume", root / "run.pth", "--data-path", root / "images", *ON_CPU, "--real-labels"], root
+
+
+def test_real_labels_give_their_own_accuracy(real, capsys):
+    flags, root = real
+    stats = main.main(parse_args(list(map(str, [*flags, root / "real.json"]))))
+    assert (stats["correct1"], stats["real1"]) == (1, pytest.approx(100 / 3))
+    assert "ReaL accuracy: 33.333% of the 900 images with ReaL labels" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", ["--dist-eval", "--no-dist-eval"])
+def test_real_labels_count_each_image_once_on_two_processes(split, real):
+    flags, root = real
+    runs = fork(*flags, root / "real.json", split, ranks=2)
+    assert codes(runs) == [0, 0]
+    assert re.findall("ReaL accuracy: .*", runs[0].text) == [
+        "ReaL accuracy: 33.333% of the 900 images with ReaL labels"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("[[7]]", "expected one entry for each of the 1000 images"), ("no", "Expecting value"), (None, "No such file")],
+)
+def test_wrong_real_labels_are_refused(content, message, real, tmp_path):
+    if content:
+        (tmp_path / "real.json").write_text(content)
+    with pytest.raises(UserError, match=f"--real-labels .*real.json: .*{message}"):
+        main.main(parse_args(list(map(str, [*real[0], tmp_path / "real.json"]))))
+
+
+def test_real_labels_need_the_names_of_imagenets_files(real, tmp_path):
+    shutil.copytree(real[1] / "images", tmp_path / "images")
+    (tmp_path / "images/val/3/ILSVRC2012_val_00000004.JPEG").rename(tmp_path / "images/val/3/tiger.JPEG")
+    with pytest.raises(UserError, match=r"tiger\.JPEG has no ImageNet name"):
+        main.main(parse_args(list(map(str, [*real[0], real[1] / "real.json", "--data-path", tmp_path / "images"]))))
+
+
+def test_real_labels_need_imagenets_classes(checkpoint, layouts):
+    with pytest.raises(UserError, match="--real-labels needs a model and a data set with the 1000 classes"):
+        evaluate(checkpoint, layouts / "names", "--real-labels")

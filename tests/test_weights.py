@@ -1,0 +1,422 @@
+"""Files of weights: damage is found, nothing in them is executed, and every layout loads into the model it is for."""
+
+import functools
+import hashlib
+import http.server
+import os
+import pathlib
+import pickle
+import random
+import re
+import threading
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from families import FAMILIES, VIT, assert_same_function, build, images, mae_file
+from files import equal, state
+from safetensors.torch import save_file
+from timm.models.volo import VOLO
+
+import models
+import utils
+from weights import extract_weights, head_names, load_checkpoint, load_weights, stored_args
+
+# Damage
+
+
+def flip(data, bit):
+    flipped = bytearray(data)
+    flipped[bit // 8] ^= 1 << bit % 8
+    return flipped
+
+
+def load_damaged(path, data, whole):
+    """Whether damage was found. Damage that was not must have changed nothing: a few bytes of a file carry nothing."""
+    path.write_bytes(data)
+    try:
+        found = load_checkpoint(path)
+    except utils.UserError:
+        return True
+    assert equal(found, whole)
+    return False
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Return a state, the path of its file and its bytes."""
+    torch.save(state(1), tmp_path / "checkpoint.pth")
+    return state(1), tmp_path / "checkpoint.pth", (tmp_path / "checkpoint.pth").read_bytes()
+
+
+def test_flipped_bits_are_found_before_use(saved):
+    whole, path, data = saved
+    bits = random.Random(0)
+    assert sum(load_damaged(path, flip(data, bits.randrange(8 * len(data))), whole) for _ in range(50)) >= 45
+
+
+@pytest.mark.sweep
+def test_every_flipped_bit_and_every_truncation(tmp_path):
+    path, whole = tmp_path / "checkpoint.pth", {"model": {"weight": torch.arange(99.0)}, "args": {"lr": 0.1}}
+    torch.save(whole, path)
+    data = path.read_bytes()
+    flips = sum(load_damaged(path, flip(data, bit), whole) for bit in range(8 * len(data)))
+    cuts = sum(load_damaged(path, data[:length], whole) for length in range(len(data)))
+    print(f"{flips} of {8 * len(data)} flips found, the others harmless; {cuts} of {len(data)} truncations found")
+    assert cuts == len(data)
+
+
+def test_a_record_marked_as_a_folder_is_found(saved):
+    """One bit, outside of what the checksums cover, makes torch 2.14 return uninitialized memory as a tensor."""
+    whole, path, data = saved
+    entry = data.rindex(b"data/0") - len("checkpoint/") - 46  # in the list of contents
+    assert data[entry : entry + 4] == b"PK\x01\x02"
+    assert load_damaged(path, flip(data, 8 * (entry + 38) + 4), whole)
+
+
+def test_truncated_files_are_found(saved):
+    whole, path, data = saved
+    lengths = [0, 1, 2, 3, 100, len(data) // 2, *range(len(data) - 100, len(data))]
+    assert all(load_damaged(path, data[:length], whole) for length in lengths)
+
+
+@pytest.mark.parametrize("name", ["file.pth", "file.safetensors", "file.SAFETENSORS"])
+@pytest.mark.parametrize("content", [b"no checkpoint", b"PK\x03\x04" + b"0" * 99])
+def test_what_is_not_a_checkpoint_is_refused(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(utils.UserError, match=f"{name} is not a valid checkpoint"):
+        load_checkpoint(tmp_path / name)
+
+
+def test_a_file_without_a_dict_is_refused(tmp_path):
+    torch.save([torch.zeros(1)], tmp_path / "list.pth")
+    with pytest.raises(utils.UserError, match="contains a list, not a checkpoint"):
+        load_checkpoint(tmp_path / "list.pth")
+
+
+# What is read
+
+
+class Evil:
+    """Pickles as a call that leaves a file behind."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def torch_file(object, path, zipped=True):
+    torch.save({"extra": object}, path, _use_new_zipfile_serialization=zipped)
+
+
+def pickle_file(object, path, protocol):
+    path.write_bytes(pickle.dumps(object, protocol))
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize(
+    ("write", "options"),
+    [(torch_file, {}), (torch_file, {"zipped": False}), *((pickle_file, {"protocol": i}) for i in (2, 4, 5))],
+)
+def test_a_foreign_class_is_named_and_not_executed(write, options, tmp_path):
+    write(Evil(tmp_path / "owned"), tmp_path / "file.pth", **options)
+    with pytest.raises(utils.UserError, match=r"file.pth contains posix.mkdir, which is not plain data"):
+        load_checkpoint(tmp_path / "file.pth")
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("args", [{"lr": 0.1}, Namespace(lr=0.1)])
+def test_the_flags_of_a_run_are_read(args, tmp_path):
+    torch.save({"model": {"weight": torch.ones(2)}, "args": args}, tmp_path / "deit.pth")
+    assert stored_args(load_checkpoint(tmp_path / "deit.pth")) == {"lr": 0.1}
+    assert stored_args({}) == {}
+
+
+NUMPY, PATH = rb"numpy\._?core\.multiarray", rb"pathlib(\._local)?\nPurePosixPath"
+
+
+@pytest.mark.parametrize(
+    ("value", "own", "name"),
+    [
+        *((value, b"", b"") for value in (np.int64(7), np.arange(3), pathlib.Path("data/imagenet"))),
+        *((np.float64(0.5), NUMPY, name) for name in (b"numpy.core.multiarray", b"numpy._core.multiarray")),
+        *((pathlib.PurePosixPath("a"), PATH, name) for name in (b"pathlib\nPosixPath", b"pathlib._local\nPosixPath")),
+    ],
+)
+def test_plain_data_is_read_by_its_names_in_any_version(value, own, name, tmp_path):
+    """numpy 1 and 2, and Python 3.13, name the same things differently."""
+    path = tmp_path / "checkpoint.pth"
+    torch_file(value, path, zipped=False)
+    content, count = re.subn(own, name, path.read_bytes())
+    assert count
+    path.write_bytes(content)
+    assert str(load_checkpoint(path)["extra"]) == str(value)
+
+
+W = torch.ones(2)
+
+
+@pytest.mark.parametrize(
+    "checkpoint",
+    [
+        {"w": W},
+        {"model.w": W},
+        {"model": {"w": W}, "optimizer": {"state": {}}, "epoch": 3, "args": {"lr": 0.1}},
+        {"model_state_dict": {"w": W}, "epoch": 3},
+        {"net": {"module.w": W}, "acc": 93.0},
+        {"model": {"module._orig_mod.w": W}},
+        {"model": {"_orig_mod.module.w": W}},
+        {"pytorch-lightning_version": "2.5.0", "state_dict": {"model.w": W, "criterion.weight": W}},
+    ],
+    ids=["bare", "prefix", "DeiT", "model_state_dict", "net", "DDP of compiled", "compiled DDP", "Lightning"],
+)
+def test_every_layout_of_a_checkpoint_is_read(checkpoint):
+    weights = extract_weights(checkpoint)
+    assert list(weights) == ["w"]
+    assert weights["w"] is W
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".SAFETENSORS"])
+def test_safetensors_are_read(suffix, tmp_path):
+    save_file({"weight": torch.ones(2)}, tmp_path / f"file{suffix}")
+    assert load_checkpoint(tmp_path / f"file{suffix}")["weight"].tolist() == [1, 1]
+
+
+def test_the_moving_average_is_taken_on_request():
+    one, two = {"w": torch.zeros(1)}, {"w": torch.ones(1)}
+    for key in ("model_ema", "state_dict_ema"):
+        assert extract_weights({"model": one, key: two}, ema=True)["w"] == 1
+    with pytest.raises(utils.UserError, match="has no moving average"):
+        extract_weights({"model": one, "model_ema": None}, ema=True)
+
+
+def test_a_file_without_weights_is_refused():
+    with pytest.raises(utils.UserError, match="has no weights"):
+        extract_weights({"epoch": 3})
+
+
+# URLs
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """Return a folder and the address under which a web server offers it; downloads go to an empty cache."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    (tmp_path / "www").mkdir()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / "www")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as web:
+        threading.Thread(target=web.serve_forever, args=(0.02,), daemon=True).start()
+        yield tmp_path / "www", f"http://127.0.0.1:{web.server_port}"
+        web.shutdown()
+
+
+def test_two_urls_never_share_a_cache_entry(site):
+    folder, address = site
+    urls = {name: f"{address}/{name}/model.safetensors?download=1" for name in ("a", "b")}
+    for name in urls:
+        (folder / name).mkdir()
+        save_file({"w": torch.tensor([ord(name)])}, folder / name / "model.safetensors")
+    assert [load_checkpoint(urls[name])["w"] for name in "ab"] == [ord("a"), ord("b")]
+    (folder / "a" / "model.safetensors").unlink()
+    assert load_checkpoint(urls["a"])["w"] == ord("a")  # from the cache
+
+
+def test_a_hash_in_the_name_of_a_url_is_checked(site):
+    folder, address = site
+    torch.save({"w": torch.ones(1)}, folder / "plain.pth")
+    data = (folder / "plain.pth").read_bytes()
+    right = f"w-{hashlib.sha256(data).hexdigest()[:8]}.pth"
+    for name in (right, "w-01234567.pth"):
+        (folder / name).write_bytes(data)
+    assert load_checkpoint(f"{address}/{right}")["w"] == 1
+    for _ in range(2):  # nor is it taken from the cache the next time
+        with pytest.raises(utils.UserError, match=r"cannot download .*w-01234567.pth: .*hash"):
+            load_checkpoint(f"{address}/w-01234567.pth")
+
+
+def test_a_url_that_does_not_exist_is_one_line(site):
+    with pytest.raises(utils.UserError, match=r"^cannot download http://.*/none.pth: .*404.*$"):
+        load_checkpoint(f"{site[1]}/none.pth")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_weights_of_a_model_fit_its_twin(name):
+    source, model = build(name), build(name, seed=1)
+    assert not load_weights(model, source.state_dict())
+    assert_same_function(model, source)
+
+
+def swin_layout(key):
+    """Their stages end with the downsampling that timm's begin with, and their head is no module of its own."""
+    key = re.sub(r"layers\.(\d)\.downsample", lambda found: f"layers.{int(found[1]) - 1}.downsample", key)
+    return key.replace("head.fc.", "head.")
+
+
+def deit3_layout(key):
+    return re.sub(r"ls([12])\.gamma", r"gamma_\1", key)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "theirs"),
+    [
+        ("swin_tiny_patch4_window7_224", swin_layout, "layers.0.downsample.reduction.weight"),
+        ("deit3_small_patch16_224", deit3_layout, "blocks.0.gamma_1"),
+    ],
+)
+def test_files_of_the_authors_load(name, layout, theirs):
+    source, model = build(name), build(name, seed=1)
+    weights = {layout(key): value for key, value in source.state_dict().items()}
+    if name.startswith("swin"):
+        weights["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(4, 4, dtype=torch.int64)
+    assert theirs in weights
+    load_weights(model, weights)
+    assert_same_function(model, source)
+
+
+def grow(embedding, prefix, side):
+    """Position embeddings (1, N, C) on a side x side grid: bicubic for the patches, unchanged for the prefix."""
+    start, grid = embedding[:, :prefix], embedding[:, prefix:]
+    grid = grid.unflatten(1, (int(grid.shape[1] ** 0.5), -1)).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(side, side), mode="bicubic", antialias=True)
+    return torch.cat([start, grid.flatten(2).transpose(1, 2)], dim=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix", "stride"),
+    [
+        ("deit_tiny_patch16_224", 1, 16),
+        ("deit_tiny_distilled_patch16_224", 2, 16),
+        ("deit3_small_patch16_224", 0, 16),
+        ("cait_s24_224", 0, 16),
+        ("hiera_tiny_224", 0, 4),
+    ],
+)
+@pytest.mark.parametrize(("old", "new"), [(64, 96), (96, 64)])
+@torch.no_grad()
+def test_position_embeddings_are_resampled(name, prefix, stride, old, new):
+    source, model = build(name, input_size=old), build(name, seed=1, input_size=new)
+    load_weights(model, source.state_dict())
+    expected = source.state_dict() | {"pos_embed": grow(source.pos_embed, prefix, new // stride)}
+    torch.testing.assert_close(model.state_dict(), expected, rtol=1e-5, atol=1e-6)
+    assert model(images(new)).shape == (2, 5)
+
+
+@torch.no_grad()
+def test_pretrained_weights_are_resampled(tmp_path):
+    source = build("cait_s24_224", input_size=224)
+    torch.save(source.state_dict(), tmp_path / "hub.pth")
+    kwargs = {**VIT, "pretrained_cfg_overlay": {"file": str(tmp_path / "hub.pth"), "num_classes": 5}}
+    model = models.build_model("cait_s24_224", 5, input_size=64, kwargs=kwargs, pretrained=True)
+    torch.testing.assert_close(model.pos_embed, grow(source.pos_embed, 0, 4), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model.head.weight, source.head.weight, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_position_maps_of_volo_are_resampled():
+    """They are (1, H, W, C)."""
+
+    def tiny_volo(size):
+        model = VOLO((1, 1, 1, 1), size, num_classes=5, embed_dims=(8, 16, 16, 16), num_heads=(1, 1, 1, 1)).eval()
+        model.pretrained_cfg = {"architecture": "volo", "classifier": ("head", "aux_head")}
+        return model
+
+    source, model = tiny_volo(64), tiny_volo(96)
+    load_weights(model, source.state_dict())
+    expected = grow(source.pos_embed.flatten(1, 2), 0, 6).view(1, 6, 6, 16)
+    torch.testing.assert_close(model.pos_embed, expected, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_relative_positions_of_swin_are_resampled():
+    source = build("swin_tiny_patch4_window7_224")
+    model = build("swin_tiny_patch4_window7_224", seed=1, input_size=96, window_size=3)
+    load_weights(model, source.state_dict())
+    small, large = (m.layers[0].blocks[0].attn.relative_position_bias_table for m in (source, model))
+    small, large = small.view(3, 3, -1), large.view(5, 5, -1)
+    # center and corners of the table of offsets keep their place
+    torch.testing.assert_close(large[::4, ::4], small[::2, ::2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(large[2, 2], small[1, 1], rtol=1e-4, atol=1e-5)
+    assert model(images(96)).shape == (2, 5)
+
+
+# Heads
+
+
+def assert_loaded(model, source, before, fresh):
+    """The tensors whose names start with `fresh` are as before, all others those of the source."""
+    for key, value in model.state_dict().items():
+        wanted = before if key.startswith(fresh) else source
+        torch.testing.assert_close(value, wanted[key], rtol=0, atol=0, msg=key)
+
+
+def copy_of(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_head_of_another_class_count_is_refused(name):
+    """The original silently puts a fresh head into the teacher."""
+    with pytest.raises(utils.UserError, match=rf"do not fit {name}: its head has 7 classes, but 5 are needed"):
+        load_weights(build(name, 5), build(name, 7, seed=1).state_dict())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_fine_tuning_keeps_the_models_own_head(name):
+    source, model = build(name, 7).state_dict(), build(name, 5, seed=1)
+    before = copy_of(model)
+    note = load_weights(model, source, head="fresh")
+    assert note == "the file's head has 7 classes, not 5; a fresh head is trained"
+    assert_loaded(model, source, before, tuple(f"{head}." for head in head_names(model)))
+
+
+def test_a_second_head_that_timm_does_not_name_is_replaced():
+    source, model = build("levit_128s", 7), build("levit_128s", 5, seed=1)
+    model.pretrained_cfg["classifier"] = "head.linear"
+    before = model.head_dist.linear.weight.clone()
+    load_weights(model, source.state_dict(), head="fresh")
+    torch.testing.assert_close(model.head_dist.linear.weight, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_a_self_supervised_backbone_gets_a_fresh_head(pool):
+    """With average pooling the norm moves behind it, so that MAE's own norm has no place in the model."""
+    source = build("vit_tiny_patch16_224", global_pool="token")
+    model = build("vit_tiny_patch16_224", seed=1, global_pool=pool)
+    before = copy_of(model)
+    note = load_weights(model, mae_file(source), head="fresh")
+    unused = "decoder_blocks, decoder_pos_embed, mask_token" + (", norm" if pool == "avg" else "")
+    assert note == f"the file has no head; a fresh head is trained; left out of the file: {unused}"
+    assert_loaded(model, source.state_dict(), before, ("head.", "fc_norm."))
+
+
+def test_a_model_without_a_head_takes_a_file_with_one():
+    source = build("vit_tiny_patch16_224")
+    model = build("vit_tiny_patch16_224", 0, seed=1)
+    assert load_weights(model, source.state_dict(), head="fresh") == "left out of the file: head"
+    torch.testing.assert_close(model(images()), source.forward_head(source.forward_features(images()), pre_logits=True))
+
+
+VIT_TINY, DISTILLED, PLAIN_DEIT = "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "deit_tiny_patch16_224"
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "kwargs", "head", "message"),
+    [
+        (PLAIN_DEIT, VIT_TINY, {"embed_dim": 48}, "own", "have other shapes"),
+        (PLAIN_DEIT, "cait_s24_224", {}, "own", ""),
+        (PLAIN_DEIT, "resnet18", {}, "own", "missing"),
+        (VIT_TINY, VIT_TINY, {"depth": 1}, "fresh", r"missing \['blocks"),
+        (VIT_TINY, VIT_TINY, {"depth": 3}, "fresh", r"not expected \['blocks"),
+        (VIT_TINY, VIT_TINY, {"num_classes": 0}, "own", r"missing \['head.weight', 'head.bias'\]"),
+        (PLAIN_DEIT, DISTILLED, {}, "own", "the file is for a distilled DeiT .* is plain"),
+        (PLAIN_DEIT, DISTILLED, {}, "fresh", "the file is for a distilled DeiT .* is plain"),
+        (DISTILLED, PLAIN_DEIT, {}, "fresh", "the file is for a plain DeiT .* is distilled"),
+    ],
+)
+def test_weights_of_another_model_are_refused_in_one_line(name, found, kwargs, head, message):
+    with pytest.raises(utils.UserError, match=f"^the weights do not fit {name}: .*{message}.*$"):
+        load_weights(build(name), build(found, **kwargs).state_dict(), head=head)

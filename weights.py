@@ -1,0 +1,273 @@
+"""Read weights from files or URLs, which may be damaged or hostile, and load them into timm models."""
+
+import argparse
+import hashlib
+import math
+import pickletools
+import re
+import sys
+import zipfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path, PurePath
+from typing import Any, Literal, cast
+from urllib.parse import urlparse
+
+import numpy as np
+import torch
+from timm.layers import resample_abs_pos_embed
+from timm.models import clean_state_dict
+from timm.models._hub import download_cached_file
+from torch import Tensor, nn
+
+import utils
+
+# Reading
+
+
+def _named(name: str, build: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `build` under the name by which pickles refer to it; torch 2.4 takes names only from functions."""
+
+    def named(*args: Any) -> Any:
+        return build(*args)
+
+    named.__module__, _, named.__name__ = name.rpartition(".")
+    named.__qualname__ = named.__name__
+    return named
+
+
+PLAIN = {
+    "numpy.core.multiarray.scalar": np.float64(0).__reduce__()[0],
+    "numpy.core.multiarray._reconstruct": np.zeros(0).__reduce__()[0],
+    "pathlib.PosixPath": PurePath,
+    "pathlib.PurePosixPath": PurePath,
+    "pathlib.WindowsPath": PurePath,
+    "_codecs.encode": str.encode,  # how pickles before protocol 3 store bytes
+}
+# Plain data in the arguments that other programs store; numpy 2 and Python 3.13 renamed modules.
+SAFE = [argparse.Namespace, np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in "?bhilqBHILQefdSU")]
+for renamed in ("", ""), (".core", "._core"), ("pathlib", "pathlib._local"):
+    SAFE += [_named(name.replace(*renamed), build) for name, build in PLAIN.items()]
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Load a checkpoint or weights from a file or URL, of this program, DeiT, the original, timm or Lightning.
+
+    Only tensors and plain types are unpickled, and the archive's checksums are verified, which torch.load does not do.
+    Downloads are kept in torch.hub's cache; for a URL, every rank must call this.
+
+    Raises:
+        UserError: the file is missing, is not a valid checkpoint, or asks for a class that is not plain data.
+    """
+    path = _download(str(path)) if str(path).startswith(("https://", "http://")) else Path(path)
+    if not path.is_file():
+        raise utils.UserError(f"{path} is not a file: give a checkpoint")
+    if path.suffix.lower() == ".safetensors":
+        from safetensors.torch import load_file
+
+        with utils.as_user_error(f"{path} is not a valid checkpoint: ", Exception):
+            return load_file(path)
+    _verify_archive(path)
+    torch.serialization.add_safe_globals(SAFE)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        refused = named[1] if named else _first_global(path)
+        if refused:
+            raise utils.UserError(
+                f"{path} contains {refused}, which is not plain data: save only tensors and plain types"
+            ) from None
+        raise utils.UserError(f"{path} is not a valid checkpoint: expected a file of torch.save") from None
+    if not isinstance(checkpoint, dict):
+        raise utils.UserError(f"{path} contains a {type(checkpoint).__name__}, not a checkpoint: expected a dict")
+    return checkpoint
+
+
+def _download(url: str) -> Path:
+    """Return the cached file of a URL, downloaded by rank 0. Check a hash in its name (-0123abcd.)."""
+    name = Path(urlparse(url).path).name
+    known = re.search(r"-([0-9a-f]{8,})\.", name)
+    # The name alone is not unique: on the Hugging Face Hub, all files are called model.safetensors.
+    name = f"{hashlib.sha256(url.encode()).hexdigest()[:16]}_{name}"
+    with utils.rank_zero_first(), utils.as_user_error(f"cannot download {url}: ", Exception):
+        path = Path(download_cached_file((url, name)))
+        if known:
+            found = hashlib.sha256(path.read_bytes()).hexdigest()
+            if not found.startswith(known[1]):
+                raise ValueError(f"{path} has the hash {found[:8]}, not {known[1]}: delete it")
+    return path
+
+
+def _verify_archive(path: Path) -> None:
+    with open(path, "rb") as file:
+        if file.read(2) != b"PK":
+            return  # files of torch < 1.6 are not archives and have no checksums
+    with utils.as_user_error(f"{path} is not a valid checkpoint: ", Exception), zipfile.ZipFile(path) as archive:
+        # One flipped bit can mark a record as a folder; torch then returns arbitrary memory for it.
+        folders = [record.filename for record in archive.infolist() if record.external_attr & 0x10]
+        damaged = archive.testzip() or next(iter(folders), None)
+        if damaged:
+            raise ValueError(f"bad checksum in {damaged}")
+
+
+def _first_global(path: Path) -> str | None:
+    """Return the first class or function that a plain pickle refers to, or None, without executing anything."""
+    strings: list[str] = []
+    with open(path, "rb") as file, suppress(Exception):
+        for opcode, argument, _ in pickletools.genops(file):
+            if opcode.name == "GLOBAL":
+                return argument.replace(" ", ".")
+            if opcode.name == "STACK_GLOBAL":
+                return ".".join(strings[-2:])
+            if isinstance(argument, str):
+                strings.append(argument)
+    return None
+
+
+def stored_args(checkpoint: dict) -> dict:
+    """Return the flags of the run that wrote a checkpoint, by name; {} if it has none."""
+    args = checkpoint.get("args") or {}
+    return args if isinstance(args, dict) else vars(args)
+
+
+def extract_weights(checkpoint: Mapping[str, Any], *, ema: bool = False) -> dict[str, Tensor]:
+    """Return the model's state dict from a checkpoint, without the prefixes of DDP, torch.compile and Lightning.
+
+    Raises:
+        UserError: there are no weights, or `ema` is set and there is no moving average.
+    """
+    names = (
+        ("model_ema", "state_dict_ema") if ema else ("model", "state_dict", "model_state_dict", "model_state", "net")
+    )
+    found = [checkpoint[name] for name in names if isinstance(checkpoint.get(name), Mapping)]
+    if ema and not any(found):
+        raise utils.UserError("the checkpoint has no moving average: use its weights instead")
+    weights = found[0] if found else checkpoint
+    if not weights or not all(torch.is_tensor(value) for value in weights.values()):
+        raise utils.UserError("the file has no weights: expected a state dict, or one under 'model' or 'state_dict'")
+    weights = clean_state_dict(clean_state_dict(weights))  # twice, because wrappers nest in either order
+    inner = {key.removeprefix("model."): value for key, value in weights.items() if key.startswith("model.")}
+    # A Lightning module has losses and metrics next to the model.
+    return inner if inner and ("pytorch-lightning_version" in checkpoint or len(inner) == len(weights)) else weights
+
+
+# Loading
+
+# What checkpoints of self-supervised training have besides the backbone (MAE, BEiT, iBOT, DINO).
+PRETRAINING_ONLY = r"(decoder|mask_token|predictor|projector|projection|lm_head|head|fc|classifier)"
+
+
+def model_config(model: nn.Module) -> dict[str, Any]:
+    """Return timm's description of a model: architecture, input size, mean, std, classifier layers."""
+    return cast("dict[str, Any]", model.pretrained_cfg)
+
+
+def head_names(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the model's classifier layers; a distilled DeiT has two, a model may have none."""
+    heads = model_config(model).get("classifier") or ()
+    return (heads,) if isinstance(heads, str) else tuple(heads)
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, head: Literal["own", "fresh"] = "own") -> str:
+    """Load a state dict in timm's layout, or an older one that timm can convert, into a model of its family.
+
+    Position embeddings and relative position tables are resampled to the model's grid.
+
+    Args:
+        model: a timm model.
+        weights: tensors by name.
+        head: "own" requires a head for the model's number of classes. "fresh", for fine-tuning, keeps the model's
+            untrained head if the file's does not fit, and skips what only pre-training needs.
+
+    Returns:
+        One line that names what was not loaded, or an empty string.
+
+    Raises:
+        UserError: the weights do not fit.
+    """
+    own = model.state_dict()
+    with utils.as_user_error(f"the weights do not fit {model_config(model)['architecture']}: ", Exception):
+        _check_distilled(weights, own)
+        # In each family's module, timm gives this name to the converter of older layouts and other image sizes.
+        original = weights
+        convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+        weights = dict(convert(dict(weights), model) if convert else weights)
+        # DeiT III's authors name the layer scale gamma_1; timm renames it for its own hub files only.
+        renamed = {key: re.sub(r"\.gamma_([12])$", r".ls\1.gamma", key) for key in weights.keys() - own.keys()}
+        weights = {renamed.get(key, key): value for key, value in weights.items()}
+        _resample_position_embedding(weights, own)
+        notes = _match_heads(weights, own, head_names(model), head == "fresh")
+        if head == "fresh":
+            notes += _leave_out(weights, own, {"mask_token"} & original.keys())
+        _check_shapes(weights, own)
+        result = model.load_state_dict(weights, strict=False)
+        if result.missing_keys or result.unexpected_keys:
+            raise ValueError(f"missing {result.missing_keys[:3]}, not expected {result.unexpected_keys[:3]}")
+    return "; ".join(notes)
+
+
+def _check_distilled(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError if either the file or the model, but not both, is a distilled DeiT."""
+    kinds = ["distilled" if "dist_token" in keys else "plain" for keys in (weights, own)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            f"the file is for a {kinds[0]} DeiT (dist_token), but the model is {kinds[1]}: choose the other model"
+        )
+
+
+def _resample_position_embedding(weights: dict[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Resample pos_embed, (1, tokens, C) or (1, H, W, C), for families whose converter does not (CaiT, VOLO, Hiera)."""
+    theirs, ours = weights.get("pos_embed"), own.get("pos_embed")
+    if theirs is None or ours is None or theirs.shape == ours.shape or theirs.shape[-1] != ours.shape[-1]:
+        return
+    old, new = (math.isqrt(math.prod(each.shape[1:-1])) for each in (theirs, ours))
+    prefix, expected = (math.prod(each.shape[1:-1]) - side**2 for each, side in ((theirs, old), (ours, new)))
+    if prefix != expected:
+        raise ValueError(f"pos_embed of {list(theirs.shape)} cannot be resampled to {list(ours.shape)}")
+    weights["pos_embed"] = resample_abs_pos_embed(
+        theirs.flatten(1, -2), [new, new], [old, old], num_prefix_tokens=prefix
+    ).view_as(ours)
+
+
+def _match_heads(
+    weights: dict[str, Tensor], own: Mapping[str, Tensor], heads: tuple[str, ...], fresh: bool
+) -> list[str]:
+    """Put the model's own head into `weights` if the file's does not fit; return a list with a note about it, or [].
+
+    Raises:
+        ValueError: the file's head does not fit and no fresh one is allowed.
+    """
+    ours = next((len(own[f"{head}.weight"]) for head in heads if f"{head}.weight" in own), None)
+    if ours is None:
+        return []
+    theirs = next((len(weights[f"{head}.weight"]) for head in heads if f"{head}.weight" in weights), None)
+    if theirs == ours or (theirs is None and not fresh):  # load_state_dict names missing tensors
+        return []
+    if not fresh:
+        raise ValueError(f"its head has {theirs} classes, but {ours} are needed")
+    # This covers the head's modules, MAE's norm after pooling, and any further head for as many classes.
+    roots = tuple(f"{head.partition('.')[0]}." for head in (*heads, "fc_norm"))
+    for key, tensor in own.items():
+        missing = key not in weights and key.startswith(roots)
+        if missing or (key in weights and tensor.shape[:1] == (ours,) and weights[key].shape[:1] == (theirs,)):
+            weights[key] = tensor
+    found = "the file has no head" if theirs is None else f"the file's head has {theirs} classes, not {ours}"
+    return [f"{found}; a fresh head is trained"]
+
+
+def _leave_out(weights: dict[str, Tensor], own: Mapping[str, Tensor], converted: set[str]) -> list[str]:
+    """Remove what only pre-training needs; return a list with a note of it and of what timm removed, or []."""
+    pattern = PRETRAINING_ONLY if "norm.weight" in own else f"({PRETRAINING_ONLY}|norm\\.)"
+    left_out = [key for key in weights.keys() - own.keys() if re.match(pattern, key)]
+    for key in left_out:
+        del weights[key]
+    names = sorted({key.partition(".")[0] for key in left_out} | (converted - own.keys()))
+    return [f"left out of the file: {', '.join(names)}"] if names else []
+
+
+def _check_shapes(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    other = [key for key in weights if key in own and weights[key].shape != own[key].shape]
+    if other:
+        shapes = f"{other[0]} has {list(weights[other[0]].shape)}, not {list(own[other[0]].shape)}"
+        raise ValueError(f"{len(other)} tensors have other shapes ({shapes}): choose its model and model arguments")
