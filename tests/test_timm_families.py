@@ -1,11 +1,14 @@
-"""One small model of every timm family: it builds, takes its own weights and gets a fresh head for other classes."""
+"""One small model of every timm family: it builds, is averaged, takes its own weights and gets a fresh head."""
 
+from argparse import Namespace
 from collections import Counter
 
 import pytest
 import timm
 import torch
+from timm.utils import ModelEmaV3
 
+import builders
 import models
 import utils
 from weights import load_weights
@@ -32,6 +35,9 @@ def use(name):
         assert model(torch.zeros(1, 3, size, size)).shape == (1, 5)
     weights = model.state_dict()
     load_weights(model, weights)
+    ema = ModelEmaV3(model, 0.5, **builders.ema_options(Namespace(model_ema_force_cpu=False), model))
+    ema.update(model)  # of equal weights: some families have buffers that are infinite by design
+    assert all(torch.equal(value, weights[key]) for key, value in ema.module.state_dict().items())
     other = models.build_model(name, 7, input_size=size, kwargs=TINY.get(name)).state_dict()
     assert "7 classes" in load_weights(model, other, head="fresh")
 
