@@ -1,4 +1,4 @@
-"""One small model of every timm family: it builds, takes its own weights and gets a fresh head for other classes."""
+"""A small model of every timm family is built, loads its own weights, and gets a fresh head for other classes."""
 
 from collections import Counter
 
