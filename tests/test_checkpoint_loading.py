@@ -79,7 +79,7 @@ def test_plain_data_among_the_arguments_is_read(kind, tmp_path):
     ["numpy.core.multiarray", "numpy._core.multiarray", "pathlib.PosixPath", "pathlib._local.PosixPath"],
 )
 def test_names_of_other_versions_are_read(name, tmp_path):
-    """numpy 1, numpy 2 and Python 3.13 use different names for the same things."""
+    """numpy 1 and 2, and Python 3.13, name the same things differently."""
     value = np.float64(0.5) if name.startswith("numpy") else pathlib.PurePosixPath("data")
     path = tmp_path / "checkpoint.pth"
     torch.save({"value": value}, path, _use_new_zipfile_serialization=False)
@@ -113,7 +113,7 @@ def test_text_is_not_a_valid_checkpoint(name, tmp_path):
 
 
 def test_a_flipped_bit_is_found(tmp_path):
-    """torch.load does not detect it."""
+    """torch.load does not notice it."""
     path = tmp_path / "weights.pth"
     torch.save({"w": torch.zeros(1000)}, path)
     content = bytearray(path.read_bytes())
@@ -129,7 +129,7 @@ def test_a_flipped_bit_is_found(tmp_path):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """Return a folder and its address on a local web server."""
+    """Return a folder and the address under which a web server offers it."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     (tmp_path / "www").mkdir()
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / "www")

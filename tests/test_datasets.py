@@ -97,7 +97,7 @@ def test_gratings_are_balanced_rgb_images():
 
 
 def test_the_label_of_a_grating_is_its_wave():
-    """The images of a class correlate best with the wave of that class."""
+    """Of the waves of all classes, that of its own class correlates best with the images of a class."""
     images = Gratings("train", 24 * 40)
     y, x = np.mgrid[:32, :32] / 32
     filters = []
@@ -140,7 +140,7 @@ def test_numbered_class_folders_are_in_numeric_order(tmp_path):
     assert build_dataset("IMNET", "train", tmp_path).classes == ["10", "9", "a"]  # not all are numbers
 
 
-def test_hidden_folders_are_not_classes(tmp_path, capsys):
+def test_hidden_folders_are_no_classes(tmp_path, capsys):
     write_folder(tmp_path, ["ant", ".ipynb_checkpoints", "ant/.ipynb_checkpoints"], splits=["val"])
     (tmp_path / "val/ant/._0.jpg").write_text("what macOS adds to archives")
     images = build_dataset("IMNET", "val", tmp_path)
@@ -179,7 +179,7 @@ def test_unicode_forms_of_a_name_are_one_class(tmp_path):
         build_dataset("IMNET", "val", tmp_path)
 
 
-def test_links_to_a_parent_do_not_repeat_images(tmp_path):
+def test_links_to_a_parent_repeat_no_images(tmp_path):
     write_folder(tmp_path, ["ant", "bee", "elsewhere/more"], splits=["val"])
     (tmp_path / "val/elsewhere").rename(tmp_path / "elsewhere")
     for link, target in (
@@ -240,7 +240,7 @@ def test_classes_that_do_not_match_are_refused(found, known, message):
 
 @pytest.fixture
 def cifar(tmp_path, monkeypatch):
-    """A few images in CIFAR-100's layout; torchvision gets their checksums instead of the real ones."""
+    """CIFAR-100 in its own layout with few images; torchvision gets their checksums instead of the real ones."""
     folder = tmp_path / CIFAR100.base_folder
     folder.mkdir()
     arrays = {}
@@ -488,7 +488,7 @@ def test_interpolation_is_as_asked():
     ("input_size", "ratio", "resized"), [(224, 0.875, 256), (64, 0.875, 73), (64, 1.0, 64), (32, 0.875, 32)]
 )
 def test_evaluation_crops_the_center(input_size, ratio, resized):
-    """The shorter side becomes input_size / ratio; images of 32 pixels are not cropped."""
+    """The shorter side becomes input_size / ratio; images of 32 pixels are taken whole."""
     image = picture(0, (90, 70))
     wide = image.resize((int(resized * 90 / 70), resized), Image.Resampling.BICUBIC)
     left, top = round((wide.width - input_size) / 2), round((wide.height - input_size) / 2)
@@ -531,7 +531,7 @@ def test_training_takes_a_random_part_of_a_panorama(monkeypatch):
     "transform", [eval_transform(224), train_transform(224), train_transform(64, simple_crop=True)]
 )
 def test_a_panorama_takes_little_memory(size, transform):
-    """Resizing all of it takes up to 2 GB, which is a MemoryError with 256 MiB of address space left."""
+    """Resized as a whole it takes up to 2 GB. With 256 MiB of address space left that is a MemoryError."""
     limits = resource.getrlimit(resource.RLIMIT_AS)
     in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (in_use + 2**28, limits[1]))
@@ -660,7 +660,7 @@ def test_damaged_files_are_counted_over_the_workers():
 
 
 def test_a_batch_that_cannot_be_shared_is_an_error():
-    """This happens if /dev/shm is full: Python drops the batch, and the loader waits for it forever."""
+    """As where /dev/shm is full. Python drops such a batch, and the loader waits for it forever."""
 
     def fill_up(_):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))

@@ -129,7 +129,7 @@ def test_raster_order_of_common_families_is_accepted(name, kwargs):
 
 
 def test_tokens_in_another_order_are_refused():
-    """Hiera unrolls its tokens: before the last stage, the values are right but their positions are wrong."""
+    """Hiera unrolls its tokens: blocks before the last stage hold the right values in the wrong places."""
     model, images = build("hiera_tiny_224", **HIERA), random_images(64, 96)
     hooks = FeatureHooks(model, [3])
     model(images)
@@ -162,7 +162,7 @@ def test_the_error_names_why_a_block_has_no_map(name):
 
 @pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "eva02_tiny_patch14_224"])
 def test_tokens_dropped_in_training_are_refused(name):
-    """They are refused when the hooks are created or in a forward pass; in eval mode, no tokens are dropped."""
+    """When the hooks are made, or at the latest in a forward; in eval mode no tokens are dropped."""
     model = build(name, patch_drop_rate=0.5, **TINY_VIT).train()
     with pytest.raises(ValueError, match=r"drops tokens in training.*set patch_drop_rate to 0"):
         FeatureHooks(model, [0])

@@ -24,7 +24,7 @@ def test_weights_of_a_model_fit_its_twin(name):
 
 
 def swin_layout(key):
-    """The authors downsample at the end of a stage, timm at its beginning, and their head is not a separate module."""
+    """Their stages end with the downsampling that timm's begin with, and their head is no module of its own."""
     key = re.sub(r"layers\.(\d)\.downsample", lambda found: f"layers.{int(found[1]) - 1}.downsample", key)
     return key.replace("head.fc.", "head.")
 
@@ -162,7 +162,7 @@ def test_a_second_head_that_timm_does_not_name_is_replaced():
 
 @pytest.mark.parametrize("pool", ["token", "avg"])
 def test_a_self_supervised_backbone_gets_a_fresh_head(pool):
-    """With average pooling the norm moves behind it, so that the model has no place for MAE's norm."""
+    """With average pooling the norm moves behind it, so that MAE's own norm has no place in the model."""
     source = build("vit_tiny_patch16_224", global_pool="token")
     model = build("vit_tiny_patch16_224", seed=1, global_pool=pool)
     before = {key: value.clone() for key, value in model.state_dict().items()}

@@ -144,7 +144,7 @@ def test_a_model_registered_by_the_user_builds():
 
 
 def pretrained_file(path, name, num_classes, **config):
-    """Return arguments that make timm load random weights from a file as its pretrained ones."""
+    """Return arguments with which timm takes random weights from a file for its own pretrained ones."""
     torch.save(build(name, num_classes).state_dict(), path)
     return FAMILIES[name] | {"pretrained_cfg_overlay": {"file": str(path), "num_classes": num_classes, **config}}
 

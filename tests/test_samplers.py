@@ -1,4 +1,4 @@
-"""The samples of each process, their order and their seeds."""
+"""Which process sees which sample, in which order and with which seed."""
 
 import itertools
 import json
@@ -35,7 +35,7 @@ def test_ra_deals_the_indices_of_the_original():
 @pytest.mark.parametrize("size", [4, 5, 6, 17, 100, 255, 256, 300, 600])
 @pytest.mark.parametrize("replicas", [1, 2, 3, 4])
 def test_ra_follows_its_definition(size, replicas):
-    """Rank r takes every n-th of the copies, three per image, starting at r; small epochs are whole."""
+    """Three copies of each image side by side, of which rank r takes every n-th from r on, and whole small epochs."""
     order = torch.randperm(size, generator=torch.Generator().manual_seed(5)).tolist()
     copies = [index for index in order for _ in range(3)]
     length = (size // 256 * 256 if size >= 256 else size) // replicas
@@ -68,7 +68,7 @@ def batches_of(size, replicas, batch, **options):
 
 @pytest.mark.parametrize(("replicas", "batch"), [(2, 256), (4, 128), (8, 64), (64, 8), (3, 100)])
 def test_blocks_give_the_global_batches_of_strides(replicas, batch):
-    """This includes the last, smaller batch."""
+    """Including the last, smaller batch."""
     strides = batches_of(2100, replicas, batch)
     blocks = batches_of(2100, replicas, batch, block=batch)
     assert len(blocks) == len(strides) == -(-(2048 // replicas) // batch)
@@ -78,7 +78,7 @@ def test_blocks_give_the_global_batches_of_strides(replicas, batch):
 
 @pytest.mark.parametrize(("replicas", "batch", "strided"), [(2, 256, 0.668), (4, 128, 1.0), (8, 64, 1.0), (64, 8, 1.0)])
 def test_blocks_need_a_third_of_the_decodes(replicas, batch, strided):
-    """A process decodes an image if it differs from the previous one."""
+    """A process decodes an image where it differs from the one before."""
 
     def decodes(**options):
         shards = list(itertools.chain(*batches_of(2048, replicas, batch, **options)))
@@ -89,7 +89,7 @@ def test_blocks_need_a_third_of_the_decodes(replicas, batch, strided):
 
 
 def test_blocks_go_on_at_another_number_of_processes():
-    """Equal global batch sizes have equal global batches, so a run can be resumed with more processes."""
+    """The same global batch size has the same global batches, so that a run can be resumed with more processes."""
     few, many = batches_of(2048, 2, 128, block=128), batches_of(2048, 8, 32, block=32)
     assert [list(itertools.chain(*batch)) for batch in few] == [list(itertools.chain(*batch)) for batch in many]
 
@@ -124,7 +124,7 @@ def test_a_resumed_epoch_has_the_pairs_of_a_whole_one(order, start):
 
 
 def test_every_copy_of_an_image_has_its_own_seed():
-    """The original uses one seed for all processes, so their copies of an image are identical."""
+    """The original seeds all processes alike, so that copies of an image on different processes are identical."""
     seeds = {}
     for rank in range(2):
         sampler = SeededSampler(RASampler(range(300), 2, rank), seed=0, rank=rank)

@@ -109,7 +109,7 @@ FAMILIES = {
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 @torch.no_grad()
 def test_maps_are_the_raw_block_outputs(name):
-    """They are equal, on images that are not square, without the prefix tokens (0, 1, 2 or 5)."""
+    """Exactly, on images that are not square, without the prefix tokens (0, 1, 2 or 5 of them)."""
     kwargs, walk = FAMILIES[name]
     model, x = build(name, **kwargs), random_images(*kwargs.get("img_size", (64, 96)))
     expected = walk(model, x)
@@ -202,7 +202,7 @@ def test_gradients_flow_from_a_map_to_earlier_blocks_only():
 
 
 def naive_pool(x, size, dim):
-    """Average over the bins [floor(i n / m), ceil((i + 1) n / m)) along one dimension, in float64."""
+    """Mean over the bins [floor(i n / m), ceil((i + 1) n / m)) along one dimension, in float64."""
     n = x.shape[dim]
     bins = [x.double().narrow(dim, i * n // size, -(-(i + 1) * n // size) - i * n // size) for i in range(size)]
     return torch.cat([each.mean(dim, keepdim=True) for each in bins], dim)

@@ -1,4 +1,4 @@
-"""Lift and WideLast: released outputs, names and sizes, and the features of timm's models."""
+"""Lift and WideLast: the released outputs, names and sizes, and what timm's models can do."""
 
 import json
 import zlib
@@ -26,7 +26,7 @@ def build(name, **kwargs):
 
 
 def weights_of_names(keys):
-    """Perturbed float32 weights that depend only on names and shapes."""
+    """Perturbed float32 weights that depend on the names and shapes alone."""
     weights = {}
     for name, shape in keys:
         noise = np.random.RandomState(zlib.crc32(name.encode())).normal(size=shape)
@@ -181,7 +181,7 @@ def test_widths_heads_and_depth_must_agree():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [LIFT, WIDELAST])
 def test_students_train_score_and_export_like_any_model(name, teacher_file, tmp_path):
-    """Two processes use DistributedDataParallel; timm alone loads the export."""
+    """Two processes, so that DistributedDataParallel meets every parameter; the export loads in plain timm."""
     pairs = ["--s-id", "0", "3", "--t-id", "0", "5", "--teacher-path", teacher_file, "--teacher-kwargs", *TEACHER]
     train = tiny_run("--model", name, "--distillation-type", "soft", *pairs, "--output_dir", tmp_path)
     assert run_main(*train, processes=2).returncode == 0

@@ -1,4 +1,4 @@
-"""Files of weights: damage is detected before use, and nothing in them is executed."""
+"""Files of weights: damage is found before use, and nothing in them is executed."""
 
 import hashlib
 import http.server
@@ -24,7 +24,7 @@ def flip(data, bit):
 
 
 def load_damaged(path, data, whole):
-    """Return whether damage was detected. If not, it must have changed nothing, because some bytes have no meaning."""
+    """Whether damage was found. Damage that was not must have changed nothing: a few bytes of a file carry nothing."""
     path.write_bytes(data)
     try:
         found = load_checkpoint(path)
@@ -69,7 +69,7 @@ def test_fifty_flipped_bits_of_a_whole_deit_tiny(tmp_path):
 
 
 def test_a_record_marked_as_a_folder_is_found(tmp_path):
-    """A flipped bit that no checksum covers makes torch 2.14 return uninitialized memory as a tensor."""
+    """One bit, outside of what the checksums cover, makes torch 2.14 return uninitialized memory as a tensor."""
     path, whole = tmp_path / "checkpoint.pth", {"model": {"weight": torch.arange(99.0)}}
     torch.save(whole, path)
     data = path.read_bytes()
@@ -90,7 +90,7 @@ def test_truncated_files_are_found(tmp_path):
 
 
 class Evil:
-    """An object whose pickle is a call that creates a file."""
+    """Pickles as a call that leaves a file behind."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -146,7 +146,7 @@ def test_a_file_without_a_dict_is_refused(tmp_path):
 
 @pytest.fixture
 def site(tmp_path, monkeypatch):
-    """A folder and its address on a local web server; downloads go to an empty cache."""
+    """(a folder, the address under which this machine serves it); downloads go to an empty cache."""
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *args):
