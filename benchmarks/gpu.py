@@ -30,7 +30,7 @@ import timm
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-import models
+from models import fast_attention
 
 IMAGES_PER_EPOCH = 1_281_167
 STUDENTS = {  # student, teacher: epochs of the recipe
@@ -93,7 +93,7 @@ def teachers(args):
     built = {}
     for choice in choices:
         model = jobs.timm_model(args.teacher_model, args).to(args.device).eval().requires_grad_(False)
-        built[choice] = models.fast_attention(model, choice)
+        built[choice] = fast_attention(model, choice)
     compiled = {f"{name}, compiled": torch.compile(built[name], dynamic=False) for name in choices[1:] if not args.cpu}
     return built | compiled
 
