@@ -16,9 +16,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import engine
-import models
 import spectral
 import utils
+from models import fast_attention
 
 ROOT = Path(__file__).resolve().parents[1]
 HALVES = (torch.float16, torch.bfloat16)
@@ -138,7 +138,7 @@ def check_teacher(args):
     by_timm = {dtype: error(outputs(model, dtype)) for dtype in HALVES}
     details = []
     for choice in ("eager",) if args.cpu else ("eager", "triton"):
-        fast = models.fast_attention(copy.deepcopy(model), choice)
+        fast = fast_attention(copy.deepcopy(model), choice)
         hooks = spectral.FeatureHooks(fast, ids)
         exact, *halves = [error(outputs(fast, dtype)) for dtype in (torch.float32, *HALVES)]
         details.append(f"{choice}: {exact:.1e}, {halves[0]:.1e}, {halves[1]:.1e}")
