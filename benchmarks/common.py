@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: flags, clock, interleaved runs, the table, the JSON file."""
+"""Helpers for the benchmarks: flags, clock, interleaved runs, tables, JSON files."""
 
 import argparse
 import itertools
@@ -17,11 +17,11 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "Pillow")
-MAX_FILES = 512  # different JPEG files; further ones are hard links, because a file takes 30 ms to make
+MAX_FILES = 512  # further files are hard links, because creating a file takes 30 ms
 
 
 def parser(description, repeats):
-    """Return a parser with the flags of every benchmark."""
+    """Return a parser with the flags that all benchmarks have."""
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     result.add_argument("--device", default=device, help="cuda or cpu")
@@ -31,7 +31,7 @@ def parser(description, repeats):
         "--clock",
         default="wall" if device == "cuda" else "cpu",
         choices=("wall", "cpu"),
-        help="cpu: processor time of this process, independent of other load; for one thread",
+        help="cpu: processor time of this process, for one thread",
     )
     result.add_argument("--json", metavar="FILE", help="also write all times to this file")
     return result
@@ -77,7 +77,7 @@ def timed(function, args) -> float:
 
 
 def interleave(variants, args, warm_up=2):
-    """Run {name: function} in turn, round after round, rotating the order by one each round.
+    """Run {name: function} in turn for several rounds, rotating the order by one in each round.
 
     Returns:
         {name: seconds of each round}.
@@ -93,13 +93,13 @@ def interleave(variants, args, warm_up=2):
 
 
 def report(title, times, baseline, items=None, flops=0, peak=1.0):
-    """Print a table of medians and quartiles of the times, and of the ratio to the baseline in the same round.
+    """Print medians and quartiles of the times, and of the speedup over the baseline in the same round.
 
     Args:
         times: as returned by `interleave`.
-        baseline: the variant that the others are compared with.
+        baseline: the variant to compare with.
         items: images per run, for images/s.
-        flops, peak: floating-point operations per run and process, and per second at best, for the share of the peak.
+        flops, peak: floating-point operations per run and process, and the most per second, for the share of the peak.
     """
     if not first_process():
         return
@@ -132,7 +132,7 @@ def peak_flops(args, dtype=None) -> float:
 
 
 def peak_memory(args) -> int:
-    """Return the most bytes that this process has held so far, on the GPU or of the machine's memory."""
+    """Return the peak memory of this process so far in bytes, on the GPU or in RAM."""
     if args.device != "cpu":
         return torch.cuda.max_memory_allocated()
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -143,7 +143,7 @@ def quartiles(values):
 
 
 def make_jpegs(folder, num_images, size=(500, 375)):
-    """Write JPEG files of about 100 kB, as ImageNet's are, to FOLDER/train/<class>/ for ten classes."""
+    """Write JPEG files of about 100 kB, like ImageNet's, to FOLDER/train/<class>/ for ten classes."""
     random = np.random.default_rng(0)
     paths = [Path(folder) / "train" / f"class{i % 10}" / f"{i:06d}.jpeg" for i in range(num_images)]
     for index, path in enumerate(paths):

@@ -1,7 +1,7 @@
 """Count the work of a GPU without one: kernels, bytes and FLOPs of code that runs on FakeTensors of cuda:0.
 
 A kernel is an operator of eager PyTorch that is neither a view nor an allocation. Its bytes are those of the tensors it
-reads and writes, each once. Caches, and the copies that cuBLAS or cuDNN make inside, are not seen.
+reads and writes, each counted once. Caches, and copies inside cuBLAS and cuDNN, are not considered.
 """
 
 import collections
@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 aten, sdpa = torch.ops.aten, torch.nn.functional.scaled_dot_product_attention
-# The model of `Count.seconds`: an H100 (SXM) at the share of its peaks that large kernels usually reach.
+# The cost model of `Count.seconds`: an H100 (SXM), at the share of its peaks that large kernels usually reach.
 BYTES_PER_SECOND, FLOPS_PER_SECOND, SECONDS_PER_KERNEL = 2.7e12, 450e12, 2.5e-6
-# timm's published eager CaiT-S24 forwards take 1.13 and 1.28 times what the model says for their GPUs.
+# timm's published times for eager CaiT-S24 are 1.13 and 1.28 times those of the model for the same GPUs.
 CALIBRATION = 1.2
 NO_KERNEL = {"_unsafe_view", "detach", "alias", "lift_fresh", "empty", "empty_like", "empty_strided", "new_empty"}
 NO_KERNEL |= {"new_empty_strided", "_fused_sdp_choice", "is_same_size", "record_stream", "is_pinned", "device"}
@@ -28,7 +28,7 @@ WRITES_ONLY = {"copy_", "fill_", "zero_", "normal_", "uniform_", "exponential_"}
 
 @contextlib.contextmanager
 def fake_cuda():
-    """Let code create and use CUDA tensors that hold no data, whether or not there is a GPU."""
+    """Let code use CUDA tensors without data, with or without a GPU."""
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False),
@@ -41,14 +41,14 @@ def fake_cuda():
 
 
 def _flash_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
-    """Attention as a GPU runs it; without one, PyTorch chooses separate operators for FakeTensors."""
+    """Run attention as a GPU does; without one, PyTorch uses separate operators for FakeTensors."""
     if query.dtype == torch.float32 or attn_mask is not None:
         return sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
     return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
 
 
 def to_fake(model, device="cuda:0"):
-    """Replace parameters and buffers by FakeTensors on the device, inside `fake_cuda`, and return the model."""
+    """Replace parameters and buffers with FakeTensors on the device, inside `fake_cuda`, and return the model."""
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
@@ -60,8 +60,8 @@ def to_fake(model, device="cuda:0"):
 
 
 def backward(loss):
-    """Run the backward pass in Python, node by node, because autograd's engine asks the CUDA driver for its devices."""
-    waiting = collections.Counter()  # edges into each node whose gradient has not come yet
+    """Run the backward pass in Python, node by node, because autograd's engine calls the CUDA driver."""
+    waiting = collections.Counter()  # edges into each node without a gradient yet
     found, todo = {loss.grad_fn}, [loss.grad_fn]
     while todo:
         for child, _ in todo.pop().next_functions:
@@ -77,7 +77,7 @@ def backward(loss):
         if hasattr(node, "variable"):
             node.variable.grad = inputs.get(0)
             continue
-        call = node if callable(node) else node.apply  # a node of C++, or of an autograd.Function
+        call = node if callable(node) else node.apply  # C++ nodes are callable, an autograd.Function is not
         results = call(*(inputs.get(i) for i in range(1 + max(inputs, default=0))))
         results = results if isinstance(results, tuple) else (results,)
         for (child, index), gradient in zip(node.next_functions, results, strict=True):
@@ -94,12 +94,12 @@ def backward(loss):
 
 
 class Count(TorchDispatchMode):
-    """Count what runs inside the context.
+    """Count the work in a context.
 
     Attributes:
         kernels, bytes, flops: sums over the operators.
-        seconds: estimate, per kernel the longest of its memory time, its arithmetic and its launch; not calibrated.
-        reads: names of the operators for which the host waits for the device.
+        seconds: estimate; for each kernel the longest of memory, arithmetic and launch time; not calibrated.
+        reads: names of the operators at which the host waits for the device.
         by_operator: {name: [kernels, bytes]}.
         tensors: set of (dtype, shape) of all results on the device.
     """
@@ -136,7 +136,7 @@ class Count(TorchDispatchMode):
 
 
 def _waits(name, args, kwargs):
-    """Whether the host waits for the device: it reads a number, or copies without `non_blocking`."""
+    """Return whether the host waits for the device: it reads a number, or copies without `non_blocking`."""
     if name in ("_local_scalar_dense", "nonzero"):
         return bool(_on_device((args, kwargs)))
     if name == "_to_copy" and not kwargs.get("non_blocking"):
@@ -169,7 +169,7 @@ def _traffic(func, name, args, kwargs, result):
     ]
     if written:
         changed = sum(_num_bytes(tensor) for tensor in _on_device(written))
-        # `out=` and plain writes do not read what was there before.
+        # `out=` and plain writes do not read the old content.
         moved += 0 if name in WRITES_ONLY or func._schema.overload_name == "out" else changed
     else:
         moved += sum(_num_bytes(tensor) for tensor in _on_device(result))

@@ -1,6 +1,6 @@
-"""Time whole training steps, images included, of the program's own job and of the reference implementation.
+"""Time whole training steps, with loading images, in the program and in the reference implementation.
 
-Under torch.distributed.run it measures several processes; each has its own batch.
+Under torch.distributed.run it measures several processes.
 """
 
 import functools
@@ -21,7 +21,7 @@ import utils
 
 
 def jpeg_loaders(args, folder):
-    """Return {job: loader} of the same JPEG files in the order of repeated augmentation."""
+    """Return {job: loader} for the same JPEG files in the order of repeated augmentation."""
     common.make_jpegs(folder, args.steps * args.batch_size * utils.world_size())
     transform = datasets.train_transform(args.input_size, aa=reference.AUGMENTATION)
     dataset = datasets.build_dataset("IMNET", "train", folder, transform)
@@ -44,8 +44,8 @@ def main():
     jobs.add_flags(parser)
     parser.add_argument("--steps", type=int, default=2, help="steps per run")
     parser.add_argument("--num-workers", type=int, default=0, help="loader workers per process")
-    parser.add_argument("--variants", nargs="+", default=list(jobs.JOBS), choices=jobs.JOBS, help="jobs to measure")
-    parser.add_argument("--synthetic", action="store_true", help="use batches in memory instead of JPEG files")
+    parser.add_argument("--variants", nargs="+", default=list(jobs.JOBS), choices=jobs.JOBS, help="jobs to time")
+    parser.add_argument("--synthetic", action="store_true", help="use batches in memory, not JPEG files")
     args = parser.parse_args()
     faults.init_distributed(args.device)
     common.start(args)

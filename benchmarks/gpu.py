@@ -1,10 +1,10 @@
-"""Check and measure on one GPU what no CPU can show; nothing new is started after nine minutes (--minutes).
+"""Check and measure what needs a GPU. After nine minutes (--minutes), nothing new is started.
 
     python benchmarks/gpu.py --json gpu.json    # on a GPU
     python benchmarks/gpu.py --cpu              # the same code with tiny sizes
 
-Prints PASS, FAIL or SKIP for each check (gpu_checks.py); no failure stops what follows. Then come measurements as
-medians and quartiles, rows for benchmarks/README.md, and the GPU-hours of the recipes.
+It prints PASS, FAIL or SKIP for each check of gpu_checks.py, then measurements as medians and quartiles, rows for
+benchmarks/README.md, and the GPU-hours of the recipes. A failure does not stop the rest.
 """
 
 import argparse
@@ -41,10 +41,10 @@ STUDENTS = {  # student, teacher: epochs of the recipe
 
 
 def arguments():
-    """Return the parsed flags, completed by those that the other benchmarks' functions read."""
+    """Parse the flags, and add those that the functions of the other benchmarks read."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cpu", action="store_true", help="run with tiny sizes on a CPU")
-    parser.add_argument("--minutes", type=float, default=9.0, help="start nothing after this time")
+    parser.add_argument("--minutes", type=float, default=9.0, help="start nothing new after this time")
     parser.add_argument("--json", metavar="FILE", help="write all results to this file")
     args = parser.parse_args()
     parser = common.parser("", repeats=2 if args.cpu else 5)
@@ -66,7 +66,7 @@ def variant(args, **changes):
 
 
 def machine(args):
-    """Return the facts about the machine, with its measured peaks."""
+    """Return facts about the machine, with its measured peaks."""
     facts = common.machine(args)
     if not args.cpu:
         query = "driver_version,power.limit,clocks.max.sm,clocks.max.mem"
@@ -88,7 +88,7 @@ def peak_bandwidth(args):
 
 
 def teachers(args):
-    """Return {variant: teacher} of the same weights; compiled ones and the kernel on a GPU only."""
+    """Return {variant: teacher}; compiled ones and the kernel only on a GPU."""
     choices = ["timm", "eager"] if args.cpu else ["timm", "eager", "triton"]
     built = {}
     for choice in choices:
@@ -99,7 +99,7 @@ def teachers(args):
 
 
 def measure_teachers(args):
-    """The teacher's forward in each variant."""
+    """Time the teacher's forward pass in each variant."""
     images = torch.randn(args.batch_size, 3, args.input_size, args.input_size, device=args.device)
 
     def forward(model):
@@ -110,7 +110,7 @@ def measure_teachers(args):
 
 
 def measure_parts(args):
-    """The parts of a step of the reference implementation and of the program's own job."""
+    """Time the parts of a training step of both jobs."""
     images = torch.randn(args.batch_size, 3, args.input_size, args.input_size, device=args.device)
     labels = torch.randint(jobs.NUM_CLASSES, (args.batch_size,), device=args.device)
     functions = {}
@@ -134,7 +134,7 @@ def measure(functions, args):
 
 
 def measure_steps(args):
-    """Whole steps on synthetic batches in memory: reference, own, and own with compilation or the kernel."""
+    """Time whole steps on batches in memory: reference, own, and own with compilation or the kernel."""
     options = {"reference": {}, "fast": {}}
     if not args.cpu:
         options |= {"fast, teacher compiled": {"compile": "teacher"}, "fast, both compiled": {"compile": "both"}}
@@ -142,7 +142,7 @@ def measure_steps(args):
         options |= {"fast, triton, both compiled": {"teacher_attention": "triton", "compile": "both"}}
     batches, results = jobs.synthetic_batches(args, args.steps), {}
     flops = None
-    for name, changes in options.items():  # one after the other, because six jobs do not fit into memory
+    for name, changes in options.items():  # one at a time, because six jobs do not fit into memory
         kind = name.partition(",")[0]
         job = jobs.JOBS[kind](variant(args, **changes))
         train = functools.partial(job.train, batches[kind])
@@ -157,7 +157,7 @@ def measure_steps(args):
 
 
 def gpu_use(train, args):
-    """Return memory and the share of time without a running kernel; nothing on a CPU."""
+    """Return memory and the share of time without a running kernel, or {} on a CPU."""
     if args.cpu:
         return {}
     memory = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
@@ -169,7 +169,7 @@ def gpu_use(train, args):
 
 
 def measure_jpeg(args):
-    """Whole steps on JPEG files, and the loaders alone; seconds per step."""
+    """Time whole steps on JPEG files, and the loaders alone."""
     args = variant(args, steps=2 if args.cpu else 40)
     results = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -192,7 +192,7 @@ def exhaust(loader):
 
 
 def measure_choices(args):
-    """Switches to decide: Swin's fused windows, cuDNN's benchmark mode, attention backends, bfloat16."""
+    """Time open choices: Swin's fused windows, cuDNN's benchmark mode, attention backends, bfloat16."""
     images = torch.randn(args.batch_size, 3, args.input_size, args.input_size, device=args.device)
     dtypes = [torch.bfloat16] if args.cpu else [torch.float16, torch.bfloat16]
     names = ["deit_tiny_patch16_224"]
@@ -219,7 +219,7 @@ def measure_choices(args):
 
 @torch.no_grad()
 def switched(model, images, dtype, backend=None, fused=None, tuned=False):
-    """Run a forward with the switches set."""
+    """Run a forward pass with these choices."""
     if fused is not None or hasattr(model, "layers"):
         for module in model.modules():
             if hasattr(module, "fused_attn"):
@@ -232,7 +232,7 @@ def switched(model, images, dtype, backend=None, fused=None, tuned=False):
         model(images)
 
 
-MEASUREMENTS = {  # name: (function, changes of the flags); the most wanted first, in case the time is up
+MEASUREMENTS = {  # name: (function, changes of the flags); the most important first, in case time runs out
     "steps": (measure_steps, {}),
     "teacher": (measure_teachers, {}),
     "parts": (measure_parts, {}),
@@ -251,7 +251,7 @@ MEASUREMENTS = {  # name: (function, changes of the flags); the most wanted firs
 
 
 def report(title, results, args, facts):
-    """Print a table: ms, images/s, shares of the measured peaks, and what else was counted."""
+    """Print a table: ms, images/s, shares of the measured peaks, and other counts."""
     print(f"\n{title}\n| what | n | ms | quartiles | images/s | share of peak FLOP/s | share of peak bytes/s | more |")
     print("|---|---|---|---|---|---|---|---|")
     for name, result in results.items():
@@ -268,7 +268,7 @@ def report(title, results, args, facts):
 
 
 def readme_rows(measured, args, facts):
-    """Print the rows of the GPU table in benchmarks/README.md, and GPU-hours per recipe."""
+    """Print rows for the GPU table of benchmarks/README.md, and GPU-hours per recipe."""
     print("\nRows for benchmarks/README.md\n| job | img/s reference | img/s own | speedup | share of the peak |")
     print("|---|---|---|---|---|")
     job = f"DeiT-Tiny under CaiT-S24, batch {args.batch_size}, {args.amp_dtype}"

@@ -1,4 +1,4 @@
-"""The checks of gpu.py: each takes the flags and returns a detail, or raises AssertionError, or Skip."""
+"""The checks of gpu.py. Each takes the flags and returns details, or raises an AssertionError or Skip."""
 
 import contextlib
 import copy
@@ -26,19 +26,19 @@ TINY = ["img_size=32", "patch_size=8", "embed_dim=24", "depth=4", "num_heads=3"]
 
 
 class Skip(Exception):
-    """This check needs what the machine does not have."""
+    """The machine lacks something that a check needs."""
 
 
 def outcome(function, args, began):
     """Run a check or measurement; return (PASS, FAIL or SKIP, detail, value)."""
     started = time.perf_counter()
     if started - began > 60 * args.minutes:
-        return "SKIP", "the time is up", None
+        return "SKIP", "time is up", None
     try:
         value = function(args)
     except Skip as reason:
         return "SKIP", str(reason), None
-    except (Exception, SystemExit) as error:  # whatever happens, the next one runs
+    except (Exception, SystemExit) as error:  # run the next one in any case
         return "FAIL", f"{type(error).__name__}: {utils.one_line(error)[:500]}", None
     return "PASS", f"{value if isinstance(value, str) else ''} ({time.perf_counter() - started:.0f} s)", value
 
@@ -54,7 +54,7 @@ def need_gpu(args):
 
 
 class Batches:
-    """Batches during which, after the first and before the last, any synchronization with the GPU is an error."""
+    """Batches that turn a synchronization with the GPU into an error, except during the first and the last one."""
 
     def __init__(self, batches, cuda):
         self.batches, self.cuda = batches, cuda
@@ -76,14 +76,14 @@ class Batches:
 
 
 def check_synchronization(args):
-    """Neither training between console lines nor evaluation between batches waits for the GPU."""
+    """Check that neither training between console lines nor evaluation between batches waits for the GPU."""
     for dtype in ("float16", "bfloat16", "float32"):
         if args.cpu and dtype == "float16":
             continue
         job = jobs.fast_job(variant(args, amp_dtype=dtype, batch_size=min(args.batch_size, 16)))
         batches = jobs.synthetic_batches(variant(args, batch_size=min(args.batch_size, 16)), 10)["fast"]
         loader = Batches(batches, not args.cpu)
-        job.train(batches[:1])  # allocates the moments and loads the kernels
+        job.train(batches[:1])  # allocate moments and load kernels
         job.train(loader, print_freq=100)
         options = {"device": torch.device(args.device), "prepare": job.prepare, "amp_dtype": getattr(torch, dtype)}
         engine.evaluate(job.state.model, batches[:2], **options)
@@ -92,7 +92,7 @@ def check_synchronization(args):
 
 
 def check_copies(args):
-    """Batches copied ahead of the computation arrive whole, on a stream of their own."""
+    """Check that batches are copied correctly, ahead of the computation and on a separate stream."""
     device, shape = torch.device(args.device), (min(args.batch_size, 64), 3, args.input_size, args.input_size)
     work, means = torch.randn(256 if args.cpu else 4096, 256 if args.cpu else 4096, device=device), []
     activities = [ProfilerActivity.CPU if args.cpu else ProfilerActivity.CUDA]
@@ -118,10 +118,10 @@ def check_copies(args):
 
 @torch.no_grad()
 def check_teacher(args):
-    """The attention of frozen teachers is as close to timm's float32 logits and maps as timm's own in that dtype."""
+    """Check that the teacher's attention is as close to timm's float32 outputs as timm's in the same dtype."""
     model, ids = jobs.timm_model(args.teacher_model, args).to(args.device).eval(), jobs.IDS[args.teacher_model][1]
     ids = ids[: args.pairs]
-    for key, parameter in model.named_parameters():  # untrained layer scales would hide the attention
+    for key, parameter in model.named_parameters():  # so that the attention matters
         parameter.add_(torch.randn_like(parameter), alpha=0.1 if parameter.ndim < 2 or "proj_" in key else 0.0)
     hooks = spectral.FeatureHooks(model, ids)
     images = torch.randn(4, 3, args.input_size, args.input_size, device=args.device)
@@ -152,7 +152,7 @@ def check_teacher(args):
 
 
 def check_loss(args):
-    """The closed form has the value and gradient of the transform; compiled and on float16 maps too."""
+    """Check value and gradient of the closed form against the transform, also compiled and on float16 maps."""
     closed = {"closed": spectral.closed_spectral_loss}
     if not args.cpu:
         closed["compiled"] = torch.compile(spectral.closed_spectral_loss, dynamic=False)
@@ -174,12 +174,12 @@ def check_loss(args):
 def _value_and_gradient(loss, student, teacher):
     student = student.detach().requires_grad_()
     value = loss(student, teacher)
-    (2.0**16 * value).backward()  # scaled as training does, because small float16 gradients vanish
+    (2.0**16 * value).backward()  # scaled as in training, because small float16 gradients vanish
     return value.detach().double(), student.grad.double() / 2.0**16
 
 
 def check_scaler(args):
-    """A gradient that is not finite changes nothing but the scale; three such losses end the run."""
+    """Check that a non-finite gradient changes only the scale, and that three non-finite losses end the run."""
     for dtype in ("bfloat16",) if args.cpu else ("float16", "bfloat16"):
         job = jobs.fast_job(variant(args, amp_dtype=dtype, batch_size=2))
         batches = jobs.synthetic_batches(variant(args, batch_size=2), 3)["fast"]
@@ -203,14 +203,14 @@ def check_scaler(args):
 
 
 def check_against_cpu(args):
-    """Three float32 steps have the terms of a CPU's; TF32 and half precision are reported."""
+    """Check the terms of three float32 steps against a CPU; report errors of TF32 and half precision."""
     args = variant(args, amp_dtype="float32", batch_size=4)
     batches = jobs.synthetic_batches(variant(args, device="cpu"), 3)["fast"]
 
     def terms(**changes):
         utils.seed_everything(0)
         job = jobs.fast_job(variant(args, **changes))
-        job.prepare.erase = None  # draws other numbers on a GPU
+        job.prepare.erase = None  # random numbers differ on a GPU
         job.train(batches, train_mode=False)
         return torch.tensor(list(job.state.meter.averages().values()))
 
@@ -229,7 +229,7 @@ def check_against_cpu(args):
 
 
 def check_repeatability(args):
-    """Five steps twice, with deterministic algorithms and without: bits of the weights."""
+    """Check that five steps give the same bits twice with deterministic algorithms; report whether they do without."""
     batches = jobs.synthetic_batches(variant(args, batch_size=4), 5)["fast"]
 
     def weights():
@@ -249,7 +249,7 @@ def check_repeatability(args):
 
 
 def check_recompiles(args):
-    """`--compile both` compiles nothing again over two epochs with evaluations."""
+    """Check that `--compile both` does not recompile in two epochs with evaluations."""
     need_gpu(args)
     job = jobs.fast_job(variant(args, compile="both", batch_size=8))
     batches = jobs.synthetic_batches(variant(args, batch_size=8), 3)["fast"]
@@ -263,7 +263,7 @@ def check_recompiles(args):
     return "two epochs"
 
 
-# The program as its users start it
+# The program, started from its command line
 
 
 def start(args, *flags, processes=0):
@@ -276,7 +276,7 @@ def start(args, *flags, processes=0):
 
 
 def check_resume(args):
-    """SIGTERM in mid-epoch and a resume give the weights of the uninterrupted run; a CPU's to the bit."""
+    """Check that SIGTERM in mid-epoch and a resume give the weights of the uninterrupted run, exactly on a CPU."""
     with tempfile.TemporaryDirectory() as folder:
         whole, cut = Path(folder) / "whole", Path(folder) / "cut"
         process = start(args, "--output_dir", whole)
@@ -298,7 +298,7 @@ def check_resume(args):
 
 
 def check_launcher(args):
-    """Under torchrun the program starts, ends with 0 and warns of nothing; two processes where there are two GPUs."""
+    """Check that a run under torchrun, with two processes if there are two GPUs, ends with 0 and without warnings."""
     processes = 1 if args.cpu else min(2, torch.cuda.device_count())
     process = start(args, processes=processes)
     output, errors = process.communicate(timeout=240)
@@ -310,7 +310,7 @@ def check_launcher(args):
 
 
 def check_memory_error(args):
-    """A batch that does not fit ends with exit code 2 and one line that names --batch-size."""
+    """Check that a batch that does not fit ends with exit code 2 and one line that names --batch-size."""
     need_gpu(args)
     number = 40_000
     flags = ["--model", "deit_tiny_patch16_224", "--model-kwargs", "depth=12", "--input-size", "224"]
@@ -324,7 +324,7 @@ def check_memory_error(args):
 
 CHECKS = {
     "no synchronization between console lines": check_synchronization,
-    "batches copied ahead arrive whole": check_copies,
+    "batches are copied correctly": check_copies,
     "teacher attention equals timm's": check_teacher,
     "closed form equals the transform": check_loss,
     "a bad gradient is skipped": check_scaler,

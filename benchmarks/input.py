@@ -1,7 +1,7 @@
-"""Time the input pipeline on JPEG files of 500 x 375, in images per second and core.
+"""Time the input pipeline on JPEG files of 500 x 375 pixels, in images per second and core.
 
-Order and cache depend on how many processes share the images. For each number of processes, this single process loads
-the share of the first one, without loader workers.
+The order, and with it the use of the cache, depends on the number of processes. For each number, this process loads the
+share of the first one, without loader workers.
 """
 
 import sys
@@ -44,9 +44,9 @@ def variants(folder, num_processes, args):
 
 def main():
     parser = common.parser(__doc__, repeats=9)
-    parser.add_argument("--batch-size", type=int, default=64, help="images")
-    parser.add_argument("--input-size", type=int, default=224, help="side of the images, pixels")
-    parser.add_argument("--images", type=int, default=512, help="JPEG files")
+    parser.add_argument("--batch-size", type=int, default=64, help="batch size")
+    parser.add_argument("--input-size", type=int, default=224, help="image size in pixels")
+    parser.add_argument("--images", type=int, default=512, help="number of JPEG files")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4], help="numbers of processes")
     args = parser.parse_args()
     args.device = "cpu"

@@ -1,4 +1,4 @@
-"""The two training jobs that are compared: the program's own, built by its own functions, and the reference."""
+"""The two training jobs to compare: the program's own and the reference implementation."""
 
 import functools
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ NUM_CLASSES = 1000
 
 
 class Job(NamedTuple):
-    """The parts of a job; `train(loader)` runs an epoch."""
+    """The parts of a job; `train(loader)` trains for an epoch."""
 
     state: Any
     hooks: Any
@@ -45,10 +45,10 @@ def add_flags(parser, batch_size=16):
     parser.add_argument(
         "--teacher-attention", default="auto", choices=("auto", "timm", "eager", "triton"), help="own job only"
     )
-    parser.add_argument("--pairs", type=int, default=8, help="how many of the published pairs, from the first")
-    parser.add_argument("--depth", type=int, help="blocks of both models, for a quick try; all by default")
+    parser.add_argument("--pairs", type=int, default=8, help="number of published pairs to use")
+    parser.add_argument("--depth", type=int, help="number of blocks of both models; default: all")
     parser.add_argument("--batch-size", type=int, default=batch_size, help="batch size per process")
-    parser.add_argument("--input-size", type=int, default=224, help="side of the images, pixels")
+    parser.add_argument("--input-size", type=int, default=224, help="image size in pixels")
     parser.add_argument("--amp-dtype", default="float32", choices=("float16", "bfloat16", "float32"), help="autocast")
     parser.add_argument("--compile", default="none", choices=("none", "teacher", "both"), help="own job only")
 
@@ -59,7 +59,7 @@ def timm_model(name, args):
 
 
 def fast_job(args):
-    """The program's own job. The teacher's weights are random, so it is built here instead of by `build_teacher`."""
+    """Build the program's own job. Its teacher has random weights, so `build_teacher` is not used."""
     student_ids, teacher_ids = (ids[: args.pairs] for ids in IDS[args.teacher_model])
     own = flags.parse_args(
         [
@@ -100,7 +100,7 @@ def fast_job(args):
 
 
 def reference_job(args):
-    """The same job in the reference implementation."""
+    """Build the same job in the reference implementation."""
     device, amp_dtype = torch.device(args.device), getattr(torch, args.amp_dtype)
     student_ids, teacher_ids = (ids[: args.pairs] for ids in IDS[args.teacher_model])
     model = timm_model(args.model, args).to(device)
@@ -122,7 +122,7 @@ JOBS = {"reference": reference_job, "fast": fast_job}
 
 
 def synthetic_batches(args, steps):
-    """Return {job: batches in memory}, pinned if a GPU will copy them: float32 images or uint8 ones."""
+    """Return {job: batches in memory}, with float32 or uint8 images, pinned for a GPU."""
     shape = (args.batch_size, 3, args.input_size, args.input_size)
     pixels, labels = torch.randint(256, shape, dtype=torch.uint8), torch.randint(NUM_CLASSES, (args.batch_size,))
     batches = {"reference": (pixels.float() / 255, labels), "fast": (pixels, labels)}
@@ -132,21 +132,21 @@ def synthetic_batches(args, steps):
 
 
 class Parts:
-    """The parts of a job's step as functions without arguments that can be called repeatedly."""
+    """The parts of a job's training step, as functions without arguments that can be called repeatedly."""
 
     def __init__(self, job, images, labels, amp_dtype):
         self.job, self.images, self.labels = job, images, labels
         self.autocast = torch.autocast(images.device.type, dtype=amp_dtype, enabled=amp_dtype != torch.float32)
         self.maps = self._run_student()[1]
         self.teacher_maps = self.teacher()[1]
-        self.student()  # leaves gradients for the optimizer
+        self.student()  # computes gradients for the optimizer
 
     def _run_student(self):
         with self.autocast:
             return self.job.state.parallel(self.images), self.job.hooks.pop()
 
     def student(self):
-        """Forward and backward without distillation."""
+        """Run forward and backward without distillation."""
         self.job.state.optimizer.zero_grad()
         self.job.criterion.base_criterion(self._run_student()[0].float(), self.labels).backward()
 
@@ -155,7 +155,7 @@ class Parts:
             return self.job.criterion.teacher(self.images)
 
     def feature_loss(self):
-        """Forward and backward of all pairs, each from a new leaf with the layout of the hook's map."""
+        """Run forward and backward of all pairs, each on a new leaf with the layout of the hook's map."""
         for student, teacher in zip(self.maps, self.teacher_maps, strict=True):
             self.job.criterion.feature_loss(student.detach().requires_grad_(), teacher).backward()
 

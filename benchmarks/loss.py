@@ -1,4 +1,4 @@
-"""Time the spectral loss of one pair, forward and backward: reference implementation, one transform, closed form."""
+"""Time the spectral loss of one pair, forward and backward: reference, one transform, closed form."""
 
 import functools
 import sys
@@ -13,7 +13,7 @@ import reference
 
 import spectral
 
-SHAPES = {  # of maps as the hooks return them: prefix tokens, student channels, teacher channels, side of the grid
+SHAPES = {  # prefix tokens, student channels, teacher channels, side of the grid
     "DeiT-Ti, same width": (1, 192, 192, 14),
     "DeiT-Ti under CaiT-S24": (1, 192, 384, 14),
     "no prefix, same width": (0, 192, 192, 14),
@@ -39,7 +39,7 @@ def run(loss, tokens, prefix, teacher, side):
 
 def main():
     parser = common.parser(__doc__, repeats=50)
-    parser.add_argument("--batch-size", type=int, default=32, help="images")
+    parser.add_argument("--batch-size", type=int, default=32, help="batch size")
     parser.add_argument("--compile", action="store_true", help="also time the compiled closed form")
     args = parser.parse_args()
     common.start(args)

@@ -1,4 +1,4 @@
-"""The reference implementation of each part, written without regard to speed: the benchmarks compare with it."""
+"""The reference implementation of each part, written for simplicity rather than speed."""
 
 import copy
 
@@ -12,7 +12,7 @@ AUGMENTATION = "rand-m9-mstd0.5-inc1"
 
 
 def spectral_loss(student, teacher):
-    """Two transforms of NCHW copies, with real and imaginary parts stacked."""
+    """Return the spectral loss from two transforms of NCHW copies, with real and imaginary parts stacked."""
     student, teacher = student.float().contiguous(), teacher.float().contiguous()
     if teacher.shape != student.shape:
         teacher = F.adaptive_avg_pool3d(teacher.unsqueeze(1), student.shape[1:]).squeeze(1)
@@ -25,7 +25,7 @@ def _stacked_spectrum(x):
 
 
 class Ema:
-    """A moving average of the weights, one tensor at a time."""
+    """A moving average of the weights, updated one tensor at a time."""
 
     def __init__(self, model, decay):
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
@@ -38,7 +38,7 @@ class Ema:
 
 
 def train(state, loader, criterion, hooks, *, device, amp_dtype):
-    """Train for one epoch; float images come from the loader, and every step waits for the device."""
+    """Train for one epoch on float images; every step waits for the device."""
     state.model.train()
     for images, labels in loader:
         images, labels = images.to(device), labels.to(device)
@@ -57,7 +57,7 @@ def train(state, loader, criterion, hooks, *, device, amp_dtype):
 
 
 def loader(folder, sampler, batch_size, num_workers, input_size=224, pin_memory=False):
-    """DeiT's recipe up to float images in the workers; every sample decodes its file."""
+    """Build a loader of float images with DeiT's augmentation; every sample decodes its file."""
     transform = create_transform(
         input_size, is_training=True, auto_augment=AUGMENTATION, interpolation="bicubic", re_prob=0.25
     )

@@ -1,7 +1,7 @@
-"""Measure cost against work: images/s and memory per process of the program's own job, one quantity at a time.
+"""Measure time and memory of the program's job for several numbers of processes and pairs, batch and image sizes.
 
-Each row is a run of end_to_end.py on batches in memory. The first row (one process, batch 16, 224 pixels, 8 pairs) is
-followed by rows with other numbers of processes, batch sizes, image sizes and pairs. Needs an idle machine.
+Each row is a run of end_to_end.py on batches in memory that differs from the first row in one quantity. Use an idle
+machine.
 """
 
 import json
@@ -20,8 +20,8 @@ WORK = {"processes": (1, 2), "batch-size": (16, 1, 4, 64), "input-size": (224, 1
 def main():
     parser = common.parser(__doc__, repeats=5)
     for name, values in WORK.items():
-        parser.add_argument(f"--{name}", type=int, nargs="+", default=values, help="the first row, then the others")
-    parser.add_argument("--job", default="", help="more flags of end_to_end.py")
+        parser.add_argument(f"--{name}", type=int, nargs="+", default=values, help="first row, then the others")
+    parser.add_argument("--job", default="", help="further flags of end_to_end.py")
     args = parser.parse_args()
     args.clock = "wall"  # includes waiting for other processes
     common.start(args)

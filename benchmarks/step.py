@@ -1,4 +1,4 @@
-"""Time the parts of a training step on random images, as the program runs them and in the reference implementation."""
+"""Time the parts of a training step on random images, in the program and in the reference implementation."""
 
 import sys
 from pathlib import Path

@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 
 
 def tiny_run(*more):
-    """Return flags of a run of seconds: a tiny DeiT on a small GRATINGS. A flag in `more` wins."""
+    """Return flags of a run that takes seconds: a tiny DeiT on a small GRATINGS. Flags in `more` override them."""
     return [
         *("--data-set", "GRATINGS", "--gratings-sizes", "64", "48", "--input-size", "32", "--num_workers", "0"),
         *("--model", "deit_tiny_patch16_224", "--model-kwargs", *STUDENT),

@@ -91,7 +91,7 @@ def test_percentile_of_counts_is_numpys(size):
 
 
 def test_random_rotations_take_away_a_shared_basis():
-    """Images that share three directions fill three dimensions; turned one by one they fill most of them."""
+    """Images that share three directions fill three dimensions; rotated one by one, they fill most dimensions."""
     shared = torch.linalg.qr(torch.randn(24, 3, dtype=torch.float64))[0].mT
     tokens = torch.randn(40, 16, 3, dtype=torch.float64) @ shared
     found = analyses.rank_analysis(batches_of(tokens, 8))

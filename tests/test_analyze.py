@@ -80,7 +80,7 @@ FAMILIES = {
 
 @pytest.fixture
 def no_figures(monkeypatch):
-    """Figures take most of the time and have tests of their own."""
+    """Figures take most of the time and have separate tests."""
     monkeypatch.setattr(plots, "draw", lambda *_: {})
 
 

@@ -1,4 +1,4 @@
-"""The attention of frozen teachers computes what timm's does, in half precision too."""
+"""The attention of frozen teachers equals timm's, in half precision as well."""
 
 import copy
 import sys

@@ -1,4 +1,4 @@
-"""Each benchmark runs as its text says, with little work, and writes what it measured."""
+"""Each benchmark runs with little work, and writes its measurements."""
 
 import json
 import subprocess

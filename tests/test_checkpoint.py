@@ -94,7 +94,7 @@ def test_a_failed_save_keeps_the_files_and_the_third_in_a_row_raises(tmp_path, c
 
 
 def test_the_newest_valid_checkpoint_is_found_by_its_epoch(tmp_path, capsys):
-    """Modification times lie: the oldest milestone has the latest."""
+    """Modification times are misleading: the oldest milestone has the latest one."""
     folder = CheckpointFolder(tmp_path)
     for number in range(1, 5):
         folder.save(state(number), milestone=number if number < 3 else None)
@@ -106,7 +106,7 @@ def test_the_newest_valid_checkpoint_is_found_by_its_epoch(tmp_path, capsys):
 
 
 def test_a_child_that_outlives_its_process_does_not_keep_the_lock(tmp_path):
-    """As a loader worker may for a moment."""
+    """A loader worker may outlive its process for a moment."""
     lock = f"import os, time; from checkpoint import FolderLock; lock = FolderLock({str(tmp_path)!r})\n"
     child = "pid = os.fork()\nif pid: print('child', pid, flush=True)\ntime.sleep(60)"
     run = fork(before=lock + child).says("child")

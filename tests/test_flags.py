@@ -1,4 +1,4 @@
-"""No flag is ignored: a run of seconds with another value trains other weights.
+"""No flag is ignored: a short run with another value trains other weights.
 
 Whether the flag does the right thing is tested with the module that implements it.
 """
@@ -84,7 +84,7 @@ MACHINERY = ["--num_workers 2 --loader-timeout 60", "--eval-ema", "--save-every 
 
 
 def train(folder, *flags):
-    """Return the checkpoint that a run leaves."""
+    """Return the checkpoint of a run."""
     main.main(parse_args(tiny_run(*BASE, "--output_dir", folder, *flags)))
     return torch.load(folder / "checkpoint.pth", weights_only=True)
 

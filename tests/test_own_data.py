@@ -57,7 +57,7 @@ def digits(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def outputs(digits):
-    """What each command of the README prints, after a clean start in a folder that holds DATA."""
+    """The output of each command of the README, in a folder with DATA."""
     patch, outputs = pytest.MonkeyPatch(), []
     with patch.context() as context:
         context.chdir(digits)

@@ -66,7 +66,7 @@ def model_flags(run):
 
 
 def trajectory_flags(run, teacher_path):
-    """The run's command line, from the arguments that the original stored; its learning rate is after scaling."""
+    """The run's command line, from the arguments that the original stored; it stores the scaled learning rate."""
     asked = run["args"]
     flags = [*model_flags(run), "--teacher-model", run["teacher"], "--teacher-path", str(teacher_path), "--unscale-lr"]
     flags += ["--teacher-kwargs", *(f"{key}={value}" for key, value in run["teacher_kwargs"].items())]
@@ -82,7 +82,7 @@ def trajectory_flags(run, teacher_path):
 
 
 class Recorder:
-    """Hands a criterion's terms on and keeps them."""
+    """Return a criterion's terms and keep them."""
 
     def __init__(self, criterion):
         self.criterion, self.steps = criterion, []
@@ -95,7 +95,7 @@ class Recorder:
 
 @pytest.fixture(scope="module")
 def replay(golden, tmp_path_factory):
-    """Trains on the run's images with what `main` builds, in the order in which it does: terms, statistics, the end."""
+    """Train on the run's images with what `main` builds, in the same order; return terms, statistics, final state."""
     teacher_path = tmp_path_factory.mktemp("teacher") / "teacher.pth"
     torch.save(golden["teacher_weights"], teacher_path)
     args = parse_args(["--data-set", "GRATINGS", *trajectory_flags(golden, teacher_path)])
@@ -156,7 +156,7 @@ def load_reference():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Noise images of ten classes in ImageNet's layout, three a class to train on and two to score."""
+    """Noise images of ten classes in ImageNet's layout: per class three for training and two for validation."""
     root = tmp_path_factory.mktemp("imnet")
     generator = np.random.default_rng(0)
     for split, number in (("train", 3), ("val", 2)):
@@ -171,7 +171,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def run(golden, folder):
-    """Runs our program in this process on the folder, with more flags."""
+    """Run the program in this process on the folder, with more flags."""
 
     def run(*flags, data=folder):
         common = ["--data-path", str(data), "--batch-size", "4", "--num_workers", "0", "--device", "cpu"]
@@ -181,7 +181,7 @@ def run(golden, folder):
 
 
 def score_by_hand(golden, folder, weights):
-    """Loss and accuracy in percent with timm's and torchvision's own parts."""
+    """Return loss and accuracy in percent, computed with timm and torchvision alone."""
     model = timm.create_model(golden["student"], num_classes=10, **golden["student_kwargs"]).eval()
     model.load_state_dict(weights)
     normalise = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)

@@ -1,4 +1,4 @@
-"""tables.py compares only what may be compared, and shows what the logs hold."""
+"""tables.py shows what the logs contain, and compares only comparable runs."""
 
 import csv
 import io
@@ -253,7 +253,7 @@ def test_the_plot_has_one_color_per_row(tmp_path, write, show):
 
 
 def test_a_log_without_loss_terms_is_drawn(tmp_path, write, show):
-    """DeiT's own logs have none."""
+    """DeiT's logs have no arguments."""
     run = write("run", [10, 30, 40])
     (run / "log.txt").write_text('{"epoch": 0, "test_acc1": 10.0}\n{"epoch": 1, "test_acc1": 20.0}\n')
     show(run, "--plot", tmp_path / "curves.png")
