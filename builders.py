@@ -26,7 +26,7 @@ import utils
 from flags import mixup_active
 from loaders import warn_if_shm_is_small
 from utils import UserError, as_user_error, log, rank, world_size
-from weights import extract_weights, load_checkpoint
+from weights import extract_weights, load_checkpoint, stored_args
 
 # Data
 
@@ -174,6 +174,12 @@ def match_outputs(classes: list[str], model: nn.Module, name: str, known: list[s
     return None if index == list(range(len(known))) else index
 
 
+def warn_about_teacher_name(args: argparse.Namespace, stored: str | None) -> None:
+    """Warn if the teacher's file names another model; one that happens to fit may normalize images differently."""
+    if stored and stored.split(".")[0] != args.teacher_model.split(".")[0]:
+        log(f"warning: {args.teacher_path} was trained as {stored}: give --teacher-model {stored}")
+
+
 def build_teacher(args: argparse.Namespace, classes: list[str], device: torch.device, student: nn.Module):
     """Return the frozen teacher on its device, or None without distillation."""
     if args.distillation_type == "none":
@@ -185,9 +191,11 @@ def build_teacher(args: argparse.Namespace, classes: list[str], device: torch.de
         with as_user_error(f"{what}: ", UserError):
             checkpoint = load_checkpoint(args.teacher_path)
             weights = extract_weights(checkpoint)
+        warn_about_teacher_name(args, stored_args(checkpoint).get("model"))
         count = models.count_classes(args.teacher_model, weights, checkpoint.get("classes"))
     # Rank 0 downloads timm's weights first.
-    named = as_user_error(f"{what} (its weights can come from a file, --teacher-path): ", UserError)
+    hint = "" if args.teacher_path else " (its weights can come from a file, --teacher-path)"
+    named = as_user_error(f"{what}{hint}: ", UserError)
     with utils.rank_zero_first() if not args.teacher_path else contextlib.nullcontext(), named:
         model, size = models.build_teacher(
             args.teacher_model,
@@ -295,8 +303,8 @@ def check_pairs(args: argparse.Namespace, model: nn.Module, hooks, criterion, de
         common = spectral.align(s, t)[0].shape
         pooled = [name for name, map in (("student", s), ("teacher", t)) if map.shape != common]
         note = f"{' and '.join(pooled)} pooled to {list(common[1:])}" if pooled else "same shape"
-        pair = f"{blocks[0][i]['module']} {list(s.shape[1:])} <- {blocks[1][j]['module']} {list(t.shape[1:])}"
-        log(f"student {pair} teacher: {note}")
+        pair = f"{blocks[0][i]['module']} {list(s.shape[1:])} <- teacher {blocks[1][j]['module']} {list(t.shape[1:])}"
+        log(f"student {pair}: {note}")
 
 
 @contextlib.contextmanager

@@ -70,7 +70,7 @@ def test_log_holds_deits_keys_and_the_terms_of_the_loss(lines):
 
 
 def test_output_shows_the_pairs_and_the_progress(distilled):
-    assert "blocks.3 [24, 4, 4] <- blocks.5 [48, 4, 4] teacher: teacher pooled to [24, 4, 4]" in distilled[1]
+    assert "blocks.3 [24, 4, 4] <- teacher blocks.5 [48, 4, 4]: teacher pooled to [24, 4, 4]" in distilled[1]
     progress = r"Epoch: \[0\] +\[6/6\] +eta: .* lr: .* loss: .* loss_base: .* time: .* data: .* img/s: "
     assert re.search(progress, distilled[1])
 
@@ -138,7 +138,7 @@ def test_copies_of_an_image_differ_on_two_processes():
 def test_a_dry_run_reports_its_cost_and_writes_nothing(teacher_file, tmp_path, capsys):
     run(*tiny_run(*distil(teacher_file), "--dry-run", "--output_dir", tmp_path / "run"))
     printed = capsys.readouterr().out
-    assert "blocks.0 [24, 4, 4] <- blocks.0 [48, 4, 4]" in printed
+    assert "blocks.0 [24, 4, 4] <- teacher blocks.0 [48, 4, 4]" in printed
     assert "loss_fft: " in printed
     assert re.search(r"dry run: \d+ MiB per process, [\d.]+ s per step", printed)
     assert not (tmp_path / "run").exists()

@@ -249,7 +249,7 @@ def test_a_model_of_the_users_module_is_distilled(teacher_file, tmp_path, monkey
     own = ["--import", "my_models"]
     flags = tiny_run("--model", "my_resnet18", "--model-kwargs", "--no-model-ema", *distil(teacher_file), *own)
     run(*flags, "--s-id", 0, 3, "--t-id", 0, 5, "--output_dir", tmp_path / "out")
-    assert "layer4 [512, 1, 1] <- blocks.5 [48, 4, 4] teacher" in capsys.readouterr().out
+    assert "layer4 [512, 1, 1] <- teacher blocks.5 [48, 4, 4]" in capsys.readouterr().out
     stats = run("--eval", "--resume", tmp_path / "out/checkpoint.pth", *own, "--device", "cpu", "--num_workers", 0)
     line = json.loads((tmp_path / "out/log.txt").read_text())
     assert stats["acc1"] == pytest.approx(line["test_acc1"])

@@ -121,7 +121,19 @@ def test_exported_folders_are_models_and_teachers(tmp_path, capsys):
     flags = tiny_run("--model", f"local-dir:{tmp_path / 's'}", "--model-kwargs", "--pretrained", "--dry-run")
     flags += ["--teacher-model", f"local-dir:{tmp_path / 't'}", "--distillation-type", "soft", "--s-id", 3, "--t-id", 5]
     main.main(parse_args(list(map(str, flags))))
-    assert "blocks.3 [24, 4, 4] <- blocks.5 [48, 4, 4] teacher" in capsys.readouterr().out
+    assert "blocks.3 [24, 4, 4] <- teacher blocks.5 [48, 4, 4]" in capsys.readouterr().out
+
+
+def test_a_teacher_file_that_names_another_model_is_reported(tmp_path, capsys):
+    """It may fit by chance, here because a DeiT and a ViT differ only in how they normalize images."""
+    saved = {"model": build("vit_tiny_patch16_224", 2).state_dict(), "args": {"model": "vit_tiny_patch16_224"}}
+    torch.save(saved, tmp_path / "teacher.pth")
+    for name in ("vit_tiny_patch16_224", "deit_tiny_patch16_224"):
+        teacher_for(["a", "b"], name, VIT, "soft", "--w-fft", 0, "--teacher-path", tmp_path / "teacher.pth")
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "was trained as" in line]
+    assert warnings == [
+        f"warning: {tmp_path}/teacher.pth was trained as vit_tiny_patch16_224: give --teacher-model vit_tiny_patch16_224"
+    ]
 
 
 # Block ids
