@@ -13,7 +13,7 @@ from pathlib import Path
 from runs import DEFAULTS, FEATURE, NEUTRAL, PUBLISHED, TEACHER, Run, fingerprint, read_runs, warn
 
 KINDS = ("none", "soft KD", "fft", "hard")  # in the order of the table
-NAMES = {"soft KD + spectral": "SpectralKD", "soft KD + mse": "MSE baseline"}
+NAMES = {"none": "no teacher", "soft KD + spectral": "SpectralKD", "soft KD + mse": "MSE baseline"}
 
 
 def method(run: Run) -> tuple[int, str]:
@@ -24,7 +24,8 @@ def method(run: Run) -> tuple[int, str]:
     if not known:
         terms = [t for t in ("base", "dist", "fft") if any(e.get(f"train_loss_{t}") for e in run.epochs.values())]
         return 2 * len(KINDS), f"unknown; loss terms {', '.join(terms)}" if terms else "unknown"
-    name = kind = known["distillation_type"].replace("soft", "soft KD")
+    kind = known["distillation_type"].replace("soft", "soft KD")
+    name = NAMES.get(kind, kind)
     if count := len(known.get("s_id", [])):
         name = f"{kind} + {known['feature_loss']}"
         pairs = "all blocks" if known["s_id"] == ["all"] else f"{count} pair{'s' * (count > 1)}"

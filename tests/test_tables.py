@@ -120,7 +120,7 @@ def test_the_cool_down_counts_as_in_timm(sched, write):
 
 
 METHODS = {
-    "none": [],
+    "no teacher": [],
     "soft KD": [*SPECTRAL, "--distillation-beta", "0"],
     "SpectralKD (1 pair)": [*SPECTRAL, "--s-id", "0", "--t-id", "0"],
     "SpectralKD (all blocks)": [*SPECTRAL, "--s-id", "all", "--t-id", "all"],
