@@ -265,7 +265,7 @@ def log_run(args: Flags, state: TrainState, dataset_train, dataset_val, num_epoc
     if state.ema is not None and steps < 2 / (1 - args.model_ema_decay):
         advice = f"--model-ema-decay {1 - 10 / max(steps, 20):.4g}"
         log(f"warning: an EMA decay of {args.model_ema_decay:g} is too slow for {steps} steps: try {advice}")
-    if args.warmup_epochs > args.epochs:
+    if args.warmup_epochs >= args.epochs:
         log(f"warning: all {args.epochs} epochs are warm-up: give --warmup-epochs (default: {args.warmup_epochs})")
     if not args.output_dir:
         log("warning: nothing will be saved, because --output_dir is not given")
