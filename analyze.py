@@ -109,7 +109,7 @@ def get_args_parser() -> Parser:
         "--suggest",
         type=number(int, 1),
         metavar="N",
-        help="print N pairs, --s-id and --t-id; the first model teaches",
+        help="print N pairs as --s-id and --t-id; the teacher is the first model",
     )
     add("--student", help="timm model to suggest pairs for")
     add("--student-kwargs", **kwargs, help="timm model arguments")
@@ -292,7 +292,8 @@ def published_ranks(subject: Subject) -> dict[str, list[int]]:
 
 def log_curves(subject: Subject) -> None:
     """Print one line per block."""
-    utils.log(f"\n{subject.name}: {subject.model}, weights {subject.weights}, {subject.input_size} pixels")
+    model = "" if subject.name == subject.model else f"{subject.model}, "
+    utils.log(f"\n{subject.name}: {model}weights {subject.weights}, {subject.input_size} pixels")
     columns = "".join(f"{name:>11}" for name in ("intensity", "shuffled", "x sqrt(C)", "RMS"))
     utils.log(f"{'block':>5}  {'module':<16}{'C x H x W':>15}{columns}")
     for i, block in enumerate(subject.blocks):
@@ -323,10 +324,10 @@ def suggest(args: argparse.Namespace, student_blocks: list[dict], teacher: Subje
         s_id, t_id = analyses.suggest_pairs(intensity, student, taught, args.suggest)
     utils.log(f"\n{teacher.name} teaches {args.student}: intensity x sqrt(C) of the teacher's blocks, and pairs")
     for i, value in enumerate(intensity):
-        partner = f"<- student {s_id[t_id.index(i)]}" if i in t_id else ""
-        utils.log(f"{i:>5} {value:>10.4g}  {'#' * round(40 * value / max(intensity)):<40}  {partner}")
+        partner = f"  <- student {s_id[t_id.index(i)]}" if i in t_id else ""
+        utils.log(f"{i:>5} {value:>10.4g}  {'#' * round(40 * value / max(intensity)):<40}{partner}".rstrip())
     share = sum(intensity[i] for i in t_id) / sum(intensity)
-    utils.log(f"These {len(t_id)} blocks have the largest sum at the two ends: {share:.1%} of the total.")
+    utils.log(f"Of all choices from the two ends, these {len(t_id)} blocks have the largest sum: {share:.1%} of the total.")
     utils.log(f"--s-id {' '.join(map(str, s_id))} --t-id {' '.join(map(str, t_id))}")
     return {"student": args.student, "teacher": teacher.name, "s_id": s_id, "t_id": t_id}
 

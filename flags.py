@@ -62,7 +62,7 @@ def get_args_parser() -> Parser:
 
 
 def add_data_flags(add) -> None:
-    add("--data-set", default="IMNET", choices=DATA_SETS, help="data set; GRATINGS needs no files")
+    add("--data-set", default="IMNET", choices=DATA_SETS, help="IMNET: any folder of images; GRATINGS needs no files")
     add("--data-path", help="folder of the data set; IMNET: train/ and val/ with one folder per class")
     add("--inat-category", default="name", choices=INAT_CATEGORIES, help="taxonomic level of the classes (INAT*)")
     counts: dict = {"nargs": 2, "default": [6000, 3000], "metavar": ("TRAIN", "VAL")}
@@ -74,7 +74,7 @@ def add_data_flags(add) -> None:
     add("--pin-mem", action=ON_OFF, default=True, help="pin CPU memory in the data loader")
     add("--loader-timeout", type=NON_NEGATIVE, default=0, help="seconds to wait for a batch; 0: forever")
     add("--skip-bad-images", type=COUNT, default=0, help="unreadable training images to replace, per process")
-    add("--repeated-aug", action=ON_OFF, default=True, help="repeated augmentation: three copies of each image")
+    add("--repeated-aug", action=ON_OFF, default=True, help="an epoch has a third of the images, three times each")
 
 
 def add_student_flags(add) -> None:
@@ -86,7 +86,7 @@ def add_student_flags(add) -> None:
     add("--drop", type=FRACTION, default=0.0, help="dropout rate")
     add("--drop-path", type=FRACTION, default=0.0, help="stochastic depth rate")
     add("--attn-only", action="store_true", help="train only attention, position embedding and head")
-    add("--train-mode", action=ON_OFF, default=True, help="off: train in eval mode, without dropout")
+    add("--train-mode", action=ON_OFF, default=True, help="--no-train-mode: train in eval mode, without dropout")
     add("--model-ema", action=ON_OFF, default=True, help="keep an exponential moving average of the weights")
     add("--model-ema-decay", type=INSIDE, default=0.99996, help="EMA decay per optimizer step")
     add("--model-ema-force-cpu", action="store_true", help="keep the EMA on the CPU, which slows down every step")
@@ -97,7 +97,7 @@ def add_teacher_flags(add) -> None:
     add("--distillation-type", default="none", choices=("none", "fft", "soft", "hard"), help=help_text)
     add("--teacher-model", default="cait_s24_224", help="timm model of the teacher")
     add("--teacher-path", default="", help="teacher weights, a file or URL; default: timm's pretrained weights")
-    add("--teacher-kwargs", nargs="*", action=KeyValues, default={}, metavar="KEY=VALUE", help="timm model arguments")
+    add("--teacher-kwargs", nargs="*", action=KeyValues, default={}, metavar="KEY=VALUE", help="timm arguments of the teacher")
     kinds = ("auto", "timm", "eager", "triton")
     add("--teacher-attention", default="auto", choices=kinds, help="attention of a CaiT or Swin teacher; auto: eager")
     add("--teacher-dtype", default="float32", choices=DTYPES, help="dtype of the teacher's weights")
@@ -108,7 +108,7 @@ def add_teacher_flags(add) -> None:
     add("--s-id", nargs="+", type=block_id, default=[], help=help_text)
     add("--t-id", nargs="+", type=block_id, default=[], help="teacher blocks, one per student block, or all")
     add("--w-fft", type=NON_NEGATIVE, default=0.2, help="weight of the feature loss")
-    add("--distillation-beta", type=NON_NEGATIVE, default=1.0, help="further factor of the feature loss")
+    add("--distillation-beta", type=NON_NEGATIVE, default=1.0, help="another factor of the feature loss")
     help_text = "feature loss; mse has the factor W/4K of the spectral loss, the others are from other papers"
     add("--feature-loss", default="spectral", choices=FEATURE_LOSSES, help=help_text)
     help_text = "how to compute the spectral loss; both give the same value, and closed is several times faster"
