@@ -46,7 +46,7 @@ PLAIN = {
 }
 # Plain data among the arguments of other people's checkpoints; numpy 2 and Python 3.13 renamed modules.
 SAFE = [argparse.Namespace, np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in "?bhilqBHILQefdSU")]
-for renamed in ("", ""), (".core", "._core"), ("pathlib", "pathlib._local"):
+for renamed in (".core", "._core"), ("pathlib", "pathlib._local"):
     SAFE += [_named(name.replace(*renamed), build) for name, build in PLAIN.items()]
 
 
