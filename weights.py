@@ -112,12 +112,13 @@ def _verify_archive(path: Path) -> None:
 
 
 def _first_global(path: Path) -> str | None:
-    """Return the first class or function that a plain pickle asks for, or None; nothing is executed."""
+    """Return the first class or function that a plain pickle of protocol 4 or later asks for, or None; executes nothing.
+
+    torch itself names those of older protocols.
+    """
     strings: list[str] = []
     with open(path, "rb") as file, suppress(Exception):
         for opcode, argument, _ in pickletools.genops(file):
-            if opcode.name == "GLOBAL":
-                return argument.replace(" ", ".")
             if opcode.name == "STACK_GLOBAL":
                 return ".".join(strings[-2:])
             if isinstance(argument, str):
