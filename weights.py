@@ -112,10 +112,7 @@ def _verify_archive(path: Path) -> None:
 
 
 def _first_global(path: Path) -> str | None:
-    """Return the first class or function that a plain pickle of protocol 4 or later asks for, or None; executes nothing.
-
-    torch itself names those of older protocols.
-    """
+    """Return the first name that a plain pickle of protocol 4 or later asks for, or None; torch names older ones."""
     strings: list[str] = []
     with open(path, "rb") as file, suppress(Exception):
         for opcode, argument, _ in pickletools.genops(file):
