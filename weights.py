@@ -46,7 +46,7 @@ PLAIN = {
 }
 # Plain data in the arguments that other programs store; numpy 2 and Python 3.13 renamed modules.
 SAFE = [argparse.Namespace, np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in "?bhilqBHILQefdSU")]
-for renamed in ("", ""), (".core", "._core"), ("pathlib", "pathlib._local"):
+for renamed in (".core", "._core"), ("pathlib", "pathlib._local"):
     SAFE += [_named(name.replace(*renamed), build) for name, build in PLAIN.items()]
 
 
@@ -116,8 +116,6 @@ def _first_global(path: Path) -> str | None:
     strings: list[str] = []
     with open(path, "rb") as file, suppress(Exception):
         for opcode, argument, _ in pickletools.genops(file):
-            if opcode.name == "GLOBAL":
-                return argument.replace(" ", ".")
             if opcode.name == "STACK_GLOBAL":
                 return ".".join(strings[-2:])
             if isinstance(argument, str):

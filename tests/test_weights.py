@@ -194,9 +194,10 @@ def test_the_moving_average_is_taken_on_request():
         extract_weights({"model": one, "model_ema": None}, ema=True)
 
 
-def test_a_file_without_weights_is_refused():
+@pytest.mark.parametrize("checkpoint", [{}, {"epoch": 3}, {"w": W, "epoch": 3}])
+def test_a_file_without_weights_is_refused(checkpoint):
     with pytest.raises(utils.UserError, match="has no weights"):
-        extract_weights({"epoch": 3})
+        extract_weights(checkpoint)
 
 
 # URLs
