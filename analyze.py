@@ -327,7 +327,7 @@ def suggest(args: argparse.Namespace, student_blocks: list[dict], teacher: Subje
         partner = f"  <- student {s_id[t_id.index(i)]}" if i in t_id else ""
         utils.log(f"{i:>5} {value:>10.4g}  {'#' * round(40 * value / max(intensity)):<40}{partner}".rstrip())
     share = sum(intensity[i] for i in t_id) / sum(intensity)
-    utils.log(f"Of all choices from the two ends, these {len(t_id)} blocks have the largest sum: {share:.1%} of the total.")
+    utils.log(f"Of all choices from both ends, these {len(t_id)} have the largest sum: {share:.1%} of the total.")
     utils.log(f"--s-id {' '.join(map(str, s_id))} --t-id {' '.join(map(str, t_id))}")
     return {"student": args.student, "teacher": teacher.name, "s_id": s_id, "t_id": t_id}
 

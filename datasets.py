@@ -105,7 +105,7 @@ def match_classes(found: Sequence[str], known: Sequence[str]) -> list[int]:
     if unknown:
         raise ValueError(
             f"{len(unknown)} of {len(found)} classes are unknown to the model: {_first(unknown)}; it has {len(known)}: "
-            f"{_first(known)}. Name the class folders as the model does, or number all {len(known)} in its order, from 0"
+            f"{_first(known)}. Name the class folders as the model does, or number all {len(known)} from 0 in its order"
         )
     index = {name: i for i, name in enumerate(known)}
     return [index[name] for name in found]

@@ -97,7 +97,7 @@ def add_teacher_flags(add) -> None:
     add("--distillation-type", default="none", choices=("none", "fft", "soft", "hard"), help=help_text)
     add("--teacher-model", default="cait_s24_224", help="timm model of the teacher")
     add("--teacher-path", default="", help="teacher weights, a file or URL; default: timm's pretrained weights")
-    add("--teacher-kwargs", nargs="*", action=KeyValues, default={}, metavar="KEY=VALUE", help="timm arguments of the teacher")
+    add("--teacher-kwargs", nargs="*", action=KeyValues, default={}, metavar="KEY=VALUE", help="its timm arguments")
     kinds = ("auto", "timm", "eager", "triton")
     add("--teacher-attention", default="auto", choices=kinds, help="attention of a CaiT or Swin teacher; auto: eager")
     add("--teacher-dtype", default="float32", choices=DTYPES, help="dtype of the teacher's weights")

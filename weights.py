@@ -268,4 +268,4 @@ def _check_shapes(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> N
     other = [key for key in weights if key in own and weights[key].shape != own[key].shape]
     if other:
         shapes = f"{other[0]} has {list(weights[other[0]].shape)}, not {list(own[other[0]].shape)}"
-        raise ValueError(f"{len(other)} tensors have other shapes ({shapes}): give the model and arguments it was trained with")
+        raise ValueError(f"{len(other)} tensors have other shapes ({shapes}): give its own model and arguments")
