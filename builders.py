@@ -26,7 +26,7 @@ import utils
 from flags import mixup_active
 from loaders import warn_if_shm_is_small
 from utils import UserError, as_user_error, log, rank, world_size
-from weights import extract_weights, load_checkpoint, stored_args
+from weights import extract_weights, load_checkpoint
 
 # Data
 
@@ -174,12 +174,6 @@ def match_outputs(classes: list[str], model: nn.Module, name: str, known: list[s
     return None if index == list(range(len(known))) else index
 
 
-def warn_about_teacher_name(args: argparse.Namespace, stored: str | None) -> None:
-    """Warn if the teacher's file names another model; one that happens to fit may normalize images differently."""
-    if stored and stored.split(".")[0] != args.teacher_model.split(".")[0]:
-        log(f"warning: {args.teacher_path} was trained as {stored}: give --teacher-model {stored}")
-
-
 def build_teacher(args: argparse.Namespace, classes: list[str], device: torch.device, student: nn.Module):
     """Return the frozen teacher on its device, or None without distillation."""
     if args.distillation_type == "none":
@@ -191,7 +185,6 @@ def build_teacher(args: argparse.Namespace, classes: list[str], device: torch.de
         with as_user_error(f"{what}: ", UserError):
             checkpoint = load_checkpoint(args.teacher_path)
             weights = extract_weights(checkpoint)
-        warn_about_teacher_name(args, stored_args(checkpoint).get("model"))
         count = models.count_classes(args.teacher_model, weights, checkpoint.get("classes"))
     # Rank 0 downloads timm's weights first.
     hint = "" if args.teacher_path else " (its weights can come from a file, --teacher-path)"

@@ -224,6 +224,17 @@ def complete_args(args: Flags, stored: dict) -> Flags:
     return completed
 
 
+def complete_teacher(args: Flags, stored: dict) -> Flags:
+    """Return the flags with model and arguments of the teacher's run where --teacher-model does not say otherwise."""
+    model = stored.get("model")
+    if model is None or ("teacher_model" in args.given and args.teacher_model != model):
+        return args
+    kwargs = args.teacher_kwargs if "teacher_kwargs" in args.given else stored_kwargs(stored.get("model_kwargs", {}))
+    completed = Flags(**vars(args) | {"teacher_model": model, "teacher_kwargs": kwargs})
+    completed.given = args.given
+    return completed
+
+
 def to_arg_lines(args: argparse.Namespace) -> list[str]:
     """Return an argument file that repeats the run, without --overwrite and a --resume in its own folder."""
     resume, folder = (Path(getattr(args, name, "")).resolve() for name in ("resume", "output_dir"))

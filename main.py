@@ -1,6 +1,6 @@
 """Train a student by spectral feature matching, evaluate it or export it. `main` reads from top to bottom."""
 
-from flags import Flags, complete_args, get_args_parser, parse_args, parse_or_exit, to_arg_lines
+from flags import Flags, complete_args, complete_teacher, get_args_parser, parse_args, parse_or_exit, to_arg_lines
 
 if __name__ == "__main__":  # before the slow imports, so that --help and errors in the flags appear at once
     ARGS = parse_or_exit()
@@ -68,6 +68,8 @@ def main(args: Flags) -> dict | None:
     if args.export:
         return export(args, path, checkpoint)
     if args.distillation_type != "none" and not args.eval:
+        if args.teacher_path:
+            args = complete_teacher(args, stored_args(load_checkpoint(args.teacher_path)))
         models.check_name(args.teacher_model)
     run_status.begin(folder and folder.folder)
     amp_dtype = getattr(torch, args.amp_dtype or ("float16" if device.type == "cuda" else "float32"))

@@ -12,7 +12,7 @@ import main
 from builders import build_student, build_teacher
 from datasets import build_dataset
 from export import export_model
-from flags import key_values, parse_args
+from flags import complete_teacher, key_values, parse_args
 from model_names import CONFIG_READERS
 from utils import UserError
 
@@ -124,15 +124,17 @@ def test_exported_folders_are_models_and_teachers(tmp_path, capsys):
     assert "blocks.3 [24, 4, 4] <- teacher blocks.5 [48, 4, 4]" in capsys.readouterr().out
 
 
-def test_a_teacher_file_that_names_another_model_is_reported(tmp_path, capsys):
-    """It may fit by chance, here because a DeiT and a ViT differ only in how they normalize images."""
-    saved = {"model": build("vit_tiny_patch16_224", 2).state_dict(), "args": {"model": "vit_tiny_patch16_224"}}
-    torch.save(saved, tmp_path / "teacher.pth")
-    for name in ("vit_tiny_patch16_224", "deit_tiny_patch16_224"):
-        teacher_for(["a", "b"], name, VIT, "soft", "--w-fft", 0, "--teacher-path", tmp_path / "teacher.pth")
-    warnings = [line for line in capsys.readouterr().out.splitlines() if "was trained as" in line]
-    fix = "give --teacher-model vit_tiny_patch16_224"
-    assert warnings == [f"warning: {tmp_path}/teacher.pth was trained as vit_tiny_patch16_224: {fix}"]
+def test_a_teacher_is_the_model_of_its_run_unless_named():
+    """With its arguments, which do not go with another model."""
+    stored = {"model": "vit_tiny_patch16_224", "model_kwargs": {"depth": 3}}
+    kinds = ["--data-set", "GRATINGS", "--distillation-type", "soft", "--w-fft", "0"]
+    for more, expected in (
+        ([], ("vit_tiny_patch16_224", {"depth": 3})),
+        (["--teacher-kwargs", "depth=4"], ("vit_tiny_patch16_224", {"depth": 4})),
+        (["--teacher-model", "cait_s24_224"], ("cait_s24_224", {})),
+    ):
+        args = complete_teacher(parse_args([*kinds, *more]), stored)
+        assert (args.teacher_model, args.teacher_kwargs) == expected
 
 
 # Block ids
