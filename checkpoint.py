@@ -334,9 +334,10 @@ class CheckpointFolder:
         self.latest_damaged = False
 
     def load_newest(self) -> tuple[Path | None, dict | None]:
-        """Return the path and content of the newest valid checkpoint, by epoch and step, or (None, None).
+        """Return the path and content of the newest valid checkpoint, or (None, None).
 
-        Rank 0 chooses, so that all ranks continue from the same file.
+        checkpoint.pth comes first: later epochs in other files are of a course that `--resume FILE` left. If it is
+        damaged, the epoch and step decide. Rank 0 chooses, so that all ranks continue from the same file.
 
         Raises:
             UserError: there are checkpoints, but none is valid.
@@ -356,7 +357,7 @@ class CheckpointFolder:
 
     def _newest(self) -> tuple[Path | None, dict | None]:
         paths = self.files()
-        for path in sorted(paths, key=_progress, reverse=True):
+        for path in sorted(paths, key=lambda path: (path.name == self.LATEST, _progress(path)), reverse=True):
             try:
                 return path, load_checkpoint(path)
             except UserError as error:

@@ -118,7 +118,7 @@ def main(args: Flags) -> dict | None:
         state.start_epoch(args.start_epoch)
         scheduler.step(max(args.start_epoch - 1, 0))
     if state.epoch >= num_epochs:
-        run_status.write("done")
+        run_status.write("done", best_accuracy=state.best_accuracy, best_epoch=state.best_epoch)
         return log(f"nothing to do: {state.epoch} of {num_epochs} epochs are done")
     state.parallel = wrap_model(args, model, criterion, device)
     log_run(args, state, dataset_train, dataset_val, num_epochs)

@@ -105,6 +105,13 @@ def test_the_newest_valid_checkpoint_is_found_by_its_epoch(tmp_path, capsys):
         assert f"{tmp_path / name} is not a valid checkpoint" in capsys.readouterr().out
 
 
+def test_a_run_that_went_back_to_a_milestone_continues_from_there(tmp_path):
+    folder = CheckpointFolder(tmp_path)
+    for number in (1, 2, 3, 2):
+        folder.save(state(number), milestone=number)
+    assert folder.load_newest()[1]["number"] == 2
+
+
 def test_a_child_that_outlives_its_process_does_not_keep_the_lock(tmp_path):
     """A loader worker may outlive its process for a moment."""
     lock = f"import os, time; from checkpoint import FolderLock; lock = FolderLock({str(tmp_path)!r})\n"

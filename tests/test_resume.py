@@ -316,11 +316,12 @@ def test_optimizer_state_of_every_kind_is_accepted(options, tmp_path):
 
 def test_finished_run_does_nothing(again, folder):
     assert again("--resume", "auto").code() == 0
-    before = outcome(folder)
+    before, finished = outcome(folder), status(folder)
     repeated = again("--resume", "auto")
     assert repeated.code() == 0
     assert "nothing to do: 2 of 2 epochs are done" in repeated.text
-    assert status(folder)["status"] == "done"
+    facts = ("status", "best_accuracy", "best_epoch")
+    assert [status(folder).get(name) for name in facts] == ["done", *(finished[name] for name in facts[1:])]
     assert differences(before, outcome(folder)) == []
 
 
