@@ -5,7 +5,6 @@ import functools
 import inspect
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import timm
 import torch
 import torch.distributed as dist
 from conftest import ROOT, tiny_run
+from processes import free_port
 
 import builders
 import faults
@@ -96,10 +96,7 @@ time.sleep(60)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_lost_rank_ends_a_process_that_waits_for_its_gpu(number):
     """The main thread never reaches another collective, as when the queue of launches is full."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     first, lost = (
         subprocess.Popen(
             [sys.executable, "-c", BLOCKED, str(int(number))],
