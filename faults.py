@@ -21,6 +21,7 @@ from utils import Diverged, Stopped, UserError, as_user_error, error_line, one_l
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 STOP_SIGNALS += (signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU)
 GRACE = 20.0  # seconds to wait for a step boundary after a signal; then the run ends without saving
+PATIENCE = 10.0  # seconds for the main thread to notice a lost process by itself
 
 # Exit codes
 
@@ -50,7 +51,7 @@ def exit_codes(*user_errors: type[Exception]) -> Iterator[None]:
             advice = "use fewer --num_workers, more memory, or a longer --loader-timeout"
             finish(2, "failed", UserError(f"lost a data loading worker: {one_line(error)}: {advice}"))
         if lost_contact(error):
-            finish(1, "failed" if rank() == 0 else None, UserError(f"lost another process: {one_line(error)}"))
+            end_after_loss(error)
         run_status.write("failed", rank=rank(), reason=one_line(error))
         end_loader_workers()
         raise
@@ -82,6 +83,11 @@ def lost_contact(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
+def end_after_loss(error: Exception) -> None:
+    """End the process because another one did not take part in a collective."""
+    finish(1, "failed" if rank() == 0 else None, UserError(f"lost another process: {one_line(error)}"))
+
+
 def end_loader_workers() -> None:
     """Kill the loader workers, which ignore signals and would keep this process alive."""
     for child in multiprocessing.active_children():
@@ -97,7 +103,7 @@ def leave_distributed(code: int = 0) -> None:
     """
     if dist.is_initialized():
         if code == 0:
-            dist.barrier()
+            dist.all_reduce(torch.zeros(()))  # on gloo; with a bound GPU, dist.barrier would use NCCL
         end_process(code)
 
 
@@ -119,6 +125,9 @@ class StopRequest:
     Before `between_steps`, there is nothing to save and a signal raises Stopped at once. After it, a call at a step
     boundary returns the number of the signal, or 0, on all ranks. With several processes this is the answer to the
     previous call: ranks exchange it while they compute, so no step waits for it.
+
+    An exchange that fails ends the process, even if the main thread cannot notice: when another rank is lost, NCCL's
+    kernel never ends, and the main thread waits for the GPU until NCCL's watchdog aborts the process.
 
     A process that reaches no boundary within `GRACE`, because it waits for an image or another rank, is ended.
     """
@@ -155,6 +164,15 @@ class StopRequest:
             self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
         self.stepping = True
 
+    def _check(self, answer: torch.futures.Future) -> None:
+        """Run in gloo's thread when an exchange has ended."""
+        try:
+            answer.wait()
+        except RuntimeError as error:
+            timer = threading.Timer(PATIENCE, end_after_loss, [error])
+            timer.daemon = True
+            timer.start()
+
     def __call__(self) -> int:
         if self.group is None:
             self.number = self.noted
@@ -165,6 +183,7 @@ class StopRequest:
                 self.number = int(answer)
             answer = torch.tensor([self.noted])
             work = dist.all_reduce(answer, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
+            work.get_future().add_done_callback(self._check)
             self.pending = work, answer
         if self.number:
             self.answered.set()
@@ -246,6 +265,9 @@ def init_distributed(
         options = {"backend": "cpu:gloo,cuda:nccl", "timeout": later, "device_id": chosen}
     with as_user_error("the processes cannot connect: ", ValueError, dist.DistNetworkError):
         dist.init_process_group(init_method=dist_url, rank=number, world_size=size, **options)
+    if chosen.type == "cuda":
+        backend = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
+        backend._set_default_timeout(limit)
     return chosen
 
 

@@ -100,7 +100,7 @@ def add_teacher_flags(add) -> None:
     add("--teacher-kwargs", nargs="*", action=KeyValues, default={}, metavar="KEY=VALUE", help="its timm arguments")
     kinds = ("auto", "timm", "eager", "triton")
     add("--teacher-attention", default="auto", choices=kinds, help="attention of a CaiT or Swin teacher; auto: eager")
-    add("--teacher-dtype", default="float32", choices=DTYPES, help="dtype of the teacher's weights")
+    add("--teacher-dtype", default="float32", choices=DTYPES, help="dtype of the teacher: weights and maps")
     help_text = "weight of logit distillation; cross-entropy is weighted by 1 - alpha, also with fft"
     add("--distillation-alpha", type=FRACTION, default=0.5, help=help_text)
     add("--distillation-tau", type=POSITIVE, default=1.0, help="temperature of soft distillation")

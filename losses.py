@@ -1,5 +1,6 @@
 """The training loss: cross-entropy, logit distillation and the feature loss, as named terms."""
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -14,7 +15,8 @@ TERMS = ("loss_base", "loss_fft", "loss_dist")
 class FrozenTeacher:
     """A model in eval mode, without gradients, that returns its logits and feature maps.
 
-    It is not an nn.Module, so its parameters are not among those of the loss, nor in checkpoints.
+    It is not an nn.Module, so its parameters are not among those of the loss, nor in checkpoints. If its weights are in
+    half precision, all of it computes in that dtype, with or without autocast.
 
     Args:
         model: a timm model, on its device.
@@ -28,20 +30,24 @@ class FrozenTeacher:
         self.model = model.eval().requires_grad_(False)
         self.hooks = FeatureHooks(model, ids)
         self.scale, self.shift, self.size = scale, shift, size
-        device = next(model.parameters()).device
-        self.classes = None if classes is None else torch.tensor(classes, device=device)
+        weight = next(model.parameters())
+        self.dtype = weight.dtype
+        self.classes = None if classes is None else torch.tensor(classes, device=weight.device)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return logits (B, classes) and a list of maps (B, C, H, W) for images (B, 3, H, W)."""
-        logits = self.model(self.prepare(images))
+        half = self.dtype != torch.float32
+        with torch.autocast(images.device.type, enabled=False) if half else contextlib.nullcontext():
+            logits = self.model(self.prepare(images))
         return logits if self.classes is None else logits[:, self.classes], self.hooks.pop()
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Resize and renormalize the student's images (B, 3, H, W) for the teacher."""
+        """Resize, renormalize and cast the student's images (B, 3, H, W) for the teacher."""
         if self.size is not None and images.shape[-1] != self.size:
             images = F.interpolate(images, size=(self.size, self.size), mode="bicubic", antialias=True)
-        return images if self.scale is None else images * self.scale + self.shift
+        images = images if self.scale is None else images * self.scale + self.shift
+        return images.to(self.dtype)
 
 
 def renormalization(

@@ -3,13 +3,14 @@
     python benchmarks/gpu.py --json gpu.json    # on a GPU
     python benchmarks/gpu.py --cpu              # the same code with tiny sizes
 
-It prints PASS, FAIL or SKIP for each check of gpu_checks.py, then measurements as medians and quartiles, rows for
-benchmarks/README.md, and the GPU-hours of the recipes. A failure does not stop the rest.
+Prints PASS, FAIL or SKIP for each check (gpu_checks.py); no failure stops what follows. Then come measurements as
+medians and quartiles, rows for benchmarks/README.md, and the GPU-hours and memory of the recipes.
 """
 
 import argparse
 import contextlib
 import functools
+import gc
 import os
 import subprocess
 import sys
@@ -28,15 +29,15 @@ import gpu_checks
 import jobs
 import timm
 import torch
+import torchvision
 from torch.profiler import ProfilerActivity, profile
 
-from models import fast_attention
-
 IMAGES_PER_EPOCH = 1_281_167
-STUDENTS = {  # student, teacher: epochs of the recipe
-    ("deit_tiny_patch16_224", "cait_s24_224"): 400,
-    ("deit_small_patch16_224", "cait_s24_224"): 500,
-    ("swin_tiny_patch4_window7_224", "swin_small_patch4_window7_224"): 500,
+SWIN = {"model": "swin_tiny_patch4_window7_224", "teacher_model": "swin_small_patch4_window7_224"}
+RECIPES = {  # measurement: recipe, epochs, peak memory at batch 256 counted on FakeTensors, GB
+    "steps": ("DeiT-Tiny under CaiT-S24", 400, 5.8),
+    "steps, DeiT-S": ("DeiT-Small under CaiT-S24", 500, 10.0),
+    "steps, Swin-T": ("Swin-Tiny under Swin-S", 500, 21.0),
 }
 
 
@@ -51,7 +52,7 @@ def arguments():
     jobs.add_flags(parser, batch_size=2 if args.cpu else 256)
     defaults = vars(parser.parse_args([])) | vars(args)
     args = argparse.Namespace(**defaults, steps=2 if args.cpu else 20, num_workers=0 if args.cpu else os.cpu_count())
-    args.device, args.clock = "cpu" if args.cpu else "cuda", "wall"
+    args.device, args.clock, args.choices = "cpu" if args.cpu else "cuda", "wall", not args.cpu
     args.amp_dtype = "bfloat16" if args.cpu else "float16"
     if args.cpu:
         args.input_size, args.depth, args.pairs = 32, 2, 2
@@ -88,25 +89,27 @@ def peak_bandwidth(args):
 
 
 def teachers(args):
-    """Return {variant: teacher}; compiled ones and the kernel only on a GPU."""
-    choices = ["timm", "eager"] if args.cpu else ["timm", "eager", "triton"]
+    """Return {variant: teacher} with weights in float32 and half precision; compiled and with the kernel on a GPU."""
     built = {}
-    for choice in choices:
-        model = jobs.timm_model(args.teacher_model, args).to(args.device).eval().requires_grad_(False)
-        built[choice] = fast_attention(model, choice)
-    compiled = {f"{name}, compiled": torch.compile(built[name], dynamic=False) for name in choices[1:] if not args.cpu}
-    return built | compiled
+    for choice in ("timm", "eager") if args.cpu else ("timm", "eager", "triton"):
+        for dtype in ("float32", args.amp_dtype):
+            options = variant(args, teacher_attention=choice, teacher_dtype=dtype)
+            built[f"{choice}, weights {dtype}"] = jobs.frozen_teacher(options)
+            if not args.cpu and (choice, dtype) in {("eager", "float32"), ("triton", "float32"), ("triton", "float16")}:
+                built[f"{choice}, weights {dtype}, compiled"] = teacher = jobs.frozen_teacher(options)
+                teacher.model = torch.compile(teacher.model, dynamic=False)
+    return built
 
 
 def measure_teachers(args):
     """Time the teacher's forward pass in each variant."""
     images = torch.randn(args.batch_size, 3, args.input_size, args.input_size, device=args.device)
 
-    def forward(model):
-        with torch.no_grad(), torch.autocast(images.device.type, dtype=getattr(torch, args.amp_dtype)):
-            return model(images)
+    def forward(teacher):
+        with torch.autocast(images.device.type, dtype=getattr(torch, args.amp_dtype)):
+            return teacher(images)
 
-    return measure({name: functools.partial(forward, model) for name, model in teachers(args).items()}, args)
+    return measure({name: functools.partial(forward, teacher) for name, teacher in teachers(args).items()}, args)
 
 
 def measure_parts(args):
@@ -136,17 +139,20 @@ def measure(functions, args):
 def measure_steps(args):
     """Time whole steps on batches in memory: reference, own, and own with compilation or the kernel."""
     options = {"reference": {}, "fast": {}}
-    if not args.cpu:
+    if args.choices:
+        options |= {"fast, float16 teacher": {"teacher_dtype": "float16"}}
         options |= {"fast, teacher compiled": {"compile": "teacher"}, "fast, both compiled": {"compile": "both"}}
         options |= {"fast, triton": {"teacher_attention": "triton"}}
         options |= {"fast, triton, both compiled": {"teacher_attention": "triton", "compile": "both"}}
     batches, results = jobs.synthetic_batches(args, args.steps), {}
     flops = None
-    for name, changes in options.items():  # one at a time, because six jobs do not fit into memory
+    for name, changes in options.items():  # one after the other, because all do not fit into memory
         kind = name.partition(",")[0]
         job = jobs.JOBS[kind](variant(args, **changes))
         train = functools.partial(job.train, batches[kind])
         if not args.cpu:
+            gc.collect()  # the job before
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         first = common.timed(train, args)
         flops = flops or common.count_flops(lambda job=job, kind=kind: job.train(batches[kind][:1]))
@@ -157,14 +163,14 @@ def measure_steps(args):
 
 
 def gpu_use(train, args):
-    """Return memory and the share of time without a running kernel, or {} on a CPU."""
+    """Return peak memory in bytes and the share of time without a running kernel; on a CPU the process's memory."""
+    memory = {"allocated": common.peak_memory(args)}
     if args.cpu:
-        return {}
-    memory = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+        return memory
+    memory["reserved"] = torch.cuda.max_memory_reserved()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         seconds = common.timed(train, args)
     busy = sum(event.self_device_time_total for event in profiler.key_averages()) / 1e6
-    torch.cuda.empty_cache()
     return memory | {"idle share": max(0.0, 1 - busy / seconds)}
 
 
@@ -184,6 +190,22 @@ def measure_jpeg(args):
                 function()  # starts the workers
                 results[what] = {"seconds": [common.timed(function, args) / args.steps for _ in range(2)]}
     return results
+
+
+def measure_decoding(args):
+    """JPEG files in memory, decoded in batches by torchvision on the device."""
+    if not args.cpu and not hasattr(torch.ops.image, "decode_jpegs_cuda"):
+        raise gpu_checks.Skip(f"torchvision {torchvision.__version__} cannot decode batches on a GPU")
+    with tempfile.TemporaryDirectory() as folder:
+        common.make_jpegs(folder, min(args.batch_size, 64))
+        files = [torchvision.io.read_file(str(path)) for path in sorted(Path(folder).rglob("*.jpeg"))]
+    files = (files * args.batch_size)[: args.batch_size]
+
+    def decode():
+        images = torchvision.io.decode_jpeg(files, torchvision.io.ImageReadMode.RGB, device=args.device)
+        assert images[0].shape == (3, 375, 500), images[0].shape
+
+    return {"decode_jpeg": {"seconds": common.interleave({"decode_jpeg": decode}, args)["decode_jpeg"]}}
 
 
 def exhaust(loader):
@@ -237,13 +259,12 @@ MEASUREMENTS = {  # name: (function, changes of the flags); the most important f
     "teacher": (measure_teachers, {}),
     "parts": (measure_parts, {}),
     "jpeg": (measure_jpeg, {}),
+    "jpeg decoding": (measure_decoding, {}),
+    "steps, DeiT-S": (measure_steps, {"model": "deit_small_patch16_224", "repeats": 2, "choices": False}),
+    "steps, Swin-T": (measure_steps, {**SWIN, "repeats": 2, "choices": False}),
+    "parts, batch 64": (measure_parts, {"batch_size": 64}),
     "steps, batch 64": (measure_steps, {"batch_size": 64}),
     "choices": (measure_choices, {}),
-    "steps, DeiT-S": (measure_steps, {"model": "deit_small_patch16_224", "repeats": 2}),
-    "steps, Swin-T": (
-        measure_steps,
-        {"model": "swin_tiny_patch4_window7_224", "teacher_model": "swin_small_patch4_window7_224", "repeats": 2},
-    ),
 }
 
 
@@ -268,7 +289,7 @@ def report(title, results, args, facts):
 
 
 def readme_rows(measured, args, facts):
-    """Print rows for the GPU table of benchmarks/README.md, and GPU-hours per recipe."""
+    """Print the rows of the GPU table in benchmarks/README.md, and the hours and memory of each recipe."""
     print("\nRows for benchmarks/README.md\n| job | img/s reference | img/s own | speedup | share of the peak |")
     print("|---|---|---|---|---|")
     job = f"DeiT-Tiny under CaiT-S24, batch {args.batch_size}, {args.amp_dtype}"
@@ -279,14 +300,14 @@ def readme_rows(measured, args, facts):
         flops = measured.get("steps", {}).get("fast", {}).get("flops", 0) / args.batch_size
         share = f"{rates[1] * flops / facts['peak FLOP/s']:.1%}"
         print(f"| {title} | {rates[0]:.0f} | {rates[1]:.0f} | {rates[1] / rates[0]:.2f} | {share} |")
-    for (student, teacher), epochs in STUDENTS.items():
-        name = {"deit_tiny_patch16_224": "steps", "deit_small_patch16_224": "steps, DeiT-S"}.get(
-            student, "steps, Swin-T"
-        )
-        if "fast" in measured.get(name, {}) and not args.cpu:
-            rate = args.batch_size / common.quartiles(measured[name]["fast"]["seconds"])[1]
-            hours = IMAGES_PER_EPOCH * epochs / rate / 3600
-            print(f"{student} under {teacher}, {epochs} epochs: {hours:.0f} GPU-hours")
+    print(f"\nRecipes, batch {args.batch_size}\n| recipe | epochs | hours | GB allocated | GB reserved | GB counted |")
+    print("|---|---|---|---|---|---|")
+    for name, (recipe, epochs, counted) in RECIPES.items():
+        if own := measured.get(name, {}).get("fast"):
+            rate = args.batch_size / common.quartiles(own["seconds"])[1]
+            memory = " | ".join(f"{own[key] / 1e9:.1f}" if key in own else "" for key in ("allocated", "reserved"))
+            hours = f"{IMAGES_PER_EPOCH * epochs / rate / 3600:.0f}"
+            print(f"| {recipe} | {epochs} | {hours} | {memory} | {'' if args.cpu else counted} |")
 
 
 def main():

@@ -45,8 +45,11 @@ def add_flags(parser, batch_size=16):
     parser.add_argument(
         "--teacher-attention", default="auto", choices=("auto", "timm", "eager", "triton"), help="own job only"
     )
-    parser.add_argument("--pairs", type=int, default=8, help="number of published pairs to use")
-    parser.add_argument("--depth", type=int, help="number of blocks of both models; default: all")
+    parser.add_argument(
+        "--teacher-dtype", default="float32", choices=("float16", "bfloat16", "float32"), help="own job only"
+    )
+    parser.add_argument("--pairs", type=int, default=8, help="how many of the published pairs, from the first")
+    parser.add_argument("--depth", type=int, help="blocks of both models, for a quick try; all by default")
     parser.add_argument("--batch-size", type=int, default=batch_size, help="batch size per process")
     parser.add_argument("--input-size", type=int, default=224, help="image size in pixels")
     parser.add_argument("--amp-dtype", default="float32", choices=("float16", "bfloat16", "float32"), help="autocast")
@@ -58,8 +61,14 @@ def timm_model(name, args):
     return timm.create_model(name, num_classes=NUM_CLASSES, img_size=args.input_size, **depth)
 
 
+def frozen_teacher(args, ids=()):
+    """The program's own teacher; `build_teacher` would load weights, but these are random."""
+    model = timm_model(args.teacher_model, args).to(args.device, getattr(torch, args.teacher_dtype))
+    return losses.FrozenTeacher(models.fast_attention(model, args.teacher_attention), ids)
+
+
 def fast_job(args):
-    """Build the program's own job. Its teacher has random weights, so `build_teacher` is not used."""
+    """The program's own job."""
     student_ids, teacher_ids = (ids[: args.pairs] for ids in IDS[args.teacher_model])
     own = flags.parse_args(
         [
@@ -74,8 +83,7 @@ def fast_job(args):
     model = builders.build_student(own, NUM_CLASSES).to(device)
     ema = ModelEmaV3(model, own.model_ema_decay)
     hooks = spectral.FeatureHooks(model, student_ids)
-    teacher = models.fast_attention(timm_model(args.teacher_model, args).to(device), args.teacher_attention)
-    criterion = builders.build_criterion(own, model, losses.FrozenTeacher(teacher, teacher_ids))
+    criterion = builders.build_criterion(own, model, frozen_teacher(args, teacher_ids))
     optimizer, scheduler, _ = builders.build_optimizer(own, model, criterion)
     scaler = GradScaler(device.type) if amp_dtype == torch.float16 else ConstantScaler(device.type)
     state = TrainState(model, optimizer, scheduler, scaler, ema, ["loss", *losses.TERMS], criterion)

@@ -58,5 +58,5 @@ def test_gpu_benchmark_passes_on_a_cpu(tmp_path):
     results = {name: check["result"] for name, check in figures["checks"].items()}
     assert [name for name, result in results.items() if result == "SKIP"] == ["no recompilation", "out of memory"]
     assert {"PASS", "SKIP"} == set(results.values())
-    assert set(figures["measurements"]) == {"steps", "teacher", "parts", "jpeg", "choices"}
+    assert set(figures["measurements"]) == {"steps", "teacher", "parts", "jpeg", "jpeg decoding", "choices"}
     assert "| DeiT-Tiny under CaiT-S24, batch 2, bfloat16, synthetic input |" in printed

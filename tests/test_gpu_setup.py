@@ -3,13 +3,19 @@
 import datetime
 import functools
 import inspect
+import os
+import signal
+import subprocess
+import sys
 import time
+from unittest import mock
 
 import pytest
 import timm
 import torch
 import torch.distributed as dist
 from conftest import ROOT, tiny_run
+from processes import free_port
 
 import builders
 import faults
@@ -26,6 +32,9 @@ def recorded(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     for name in ("init_process_group", "new_group"):
         monkeypatch.setattr(dist, name, functools.partial(lambda name, **options: calls.update({name: options}), name))
+    group = mock.Mock()
+    group._get_backend.return_value._set_default_timeout = lambda limit: calls.update(gloo_timeout=limit)
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_group", lambda: group)
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         monkeypatch.setenv(name, value)
     return calls
@@ -41,6 +50,7 @@ def test_nccl_is_bound_to_its_gpu_and_gloo_times_out_first(recorded, monkeypatch
     assert device == group["device_id"] == torch.device("cuda", 0)
     assert group["backend"] == "cpu:gloo,cuda:nccl"
     assert stop["backend"] == "gloo"
+    assert group["timeout"] > recorded["gloo_timeout"] == datetime.timedelta(seconds=30)
     assert group["timeout"] > stop["timeout"] == datetime.timedelta(seconds=30)
 
 
@@ -54,6 +64,9 @@ class Exchange:
     def wait(self):
         time.sleep(max(0, self.done - time.perf_counter()))
 
+    def get_future(self):
+        return torch.futures.Future()
+
 
 def test_a_step_does_not_wait_for_the_stop_request(monkeypatch):
     monkeypatch.setattr(dist, "all_reduce", Exchange)
@@ -63,6 +76,45 @@ def test_a_step_does_not_wait_for_the_stop_request(monkeypatch):
     assert request() == 0  # the answer of the call before, of which there is none
     assert time.perf_counter() - began < 0.03
     assert request() == 15
+
+
+BLOCKED = """
+import os, signal, sys, time
+import faults
+faults.PATIENCE = 0.5
+faults.init_distributed("cpu")
+stop = faults.StopRequest()
+stop.between_steps(2)
+if os.environ["RANK"] == "1":
+    os.kill(os.getpid(), int(sys.argv[1]))
+stop()
+time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_rank_ends_a_process_that_waits_for_its_gpu(number):
+    """The main thread never reaches another collective, as when the queue of launches is full."""
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    first, lost = (
+        subprocess.Popen(
+            [sys.executable, "-c", BLOCKED, str(int(number))],
+            env=environment | {"RANK": str(rank)},
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    )
+    try:
+        _, errors = first.communicate(timeout=40)
+    finally:
+        first.kill()
+        lost.kill()
+        lost.communicate()
+    assert first.returncode == 1
+    assert errors.splitlines()[-1].startswith("error: lost another process: "), errors
 
 
 @pytest.mark.parametrize(("name", "constant"), [("swin_tiny_patch4_window7_224", True), ("resnet18", False)])

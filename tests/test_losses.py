@@ -1,5 +1,6 @@
 """The training loss: golden terms, each kind against a computation by hand, and the frozen teacher."""
 
+import copy
 import json
 
 import numpy as np
@@ -13,6 +14,7 @@ from timm.loss import BinaryCrossEntropy
 from torch import nn
 
 from baselines import build_feature_loss
+from engine import autocast
 from losses import TERMS, DistillationLoss, FrozenTeacher, hard_distillation, renormalization, soft_distillation
 from spectral import SPECTRAL_IMPLEMENTATIONS, mse_loss, spectral_loss
 
@@ -202,3 +204,15 @@ def test_the_loss_trains_the_student_and_not_the_teacher(teacher_model, batch):
 def test_an_equal_normalization_leaves_the_images_alone(teacher_model):
     same, x = ((0.5,) * 3, (0.25,) * 3), images()
     assert FrozenTeacher(teacher_model, [], *renormalization(same, same, torch.device("cpu"))).prepare(x) is x
+
+
+@pytest.mark.parametrize("amp_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float16])
+def test_a_half_precision_teacher_needs_no_autocast(weights, amp_dtype, teacher_model):
+    expected = FrozenTeacher(copy.deepcopy(teacher_model), [1])(images())
+    teacher = FrozenTeacher(teacher_model.to(weights), [1])
+    with autocast(torch.device("cpu"), amp_dtype):
+        logits, (features,) = teacher(images())
+    assert logits.dtype == features.dtype == weights
+    torch.testing.assert_close(logits.float(), expected[0], rtol=0.05, atol=0.05)
+    torch.testing.assert_close(features.float(), expected[1][0], rtol=0.05, atol=0.05)

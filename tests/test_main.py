@@ -191,3 +191,10 @@ def test_students_and_teachers_of_other_families_train(student, teacher, ids, tm
         *("--teacher-model", teacher, "--teacher-path", tmp_path / "teacher.pth", "--teacher-kwargs", *teacher_kwargs),
     )
     assert "Max accuracy" in capsys.readouterr().out
+
+
+def test_a_float32_student_learns_from_a_float16_teacher(teacher_file, tmp_path):
+    run(*tiny_run(*distil(teacher_file, "--teacher-dtype", "float16"), "--output_dir", tmp_path))
+    terms = json.loads((tmp_path / "log.txt").read_text())
+    assert terms["train_loss_fft"] > 0
+    assert terms["train_loss_dist"] > 0
