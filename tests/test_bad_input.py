@@ -87,8 +87,9 @@ FLAGS = [
 ]
 # Rows whose error names the first flag in one way.
 ALIKE = {
-    "{}: expected": "--lr inf, --drop 2, --drop-path -0.1, --mixup 1.2, --cutmix -1, --distillation-alpha 1.1, --epochs 0",
-    "{}.*: expected": "--w-fft -0.2, --w-fft nan, --distillation-beta -1, --distillation-beta nan, --model-ema-decay 0",
+    "{}: expected": "--lr inf, --drop 2, --drop-path -0.1, --mixup 1.2, --cutmix -1, --epochs 0",
+    "{}: expected .*, got": "--distillation-alpha 1.1, --w-fft -0.2, --w-fft nan, --distillation-beta -1",
+    "{}: expected .*got": "--distillation-beta nan, --model-ema-decay 0",
     "{}: invalid choice": "--train-interpolation cubic, --inat-category species",
     "unrecognized arguments: {}": "--mixupp 0, --distillation-t soft",
     "{} is not supported": "--cosub, --resplit",
