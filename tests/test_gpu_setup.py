@@ -4,12 +4,13 @@ import datetime
 import functools
 import inspect
 import time
+from unittest import mock
 
 import pytest
 import timm
 import torch
 import torch.distributed as dist
-from conftest import ROOT, tiny_run
+from conftest import tiny_run
 
 import builders
 import faults
@@ -68,12 +69,7 @@ def test_a_step_does_not_wait_for_the_stop_request(monkeypatch):
 @pytest.mark.parametrize(("name", "constant"), [("swin_tiny_patch4_window7_224", True), ("resnet18", False)])
 def test_ddp_broadcasts_buffers_of_batchnorm_only(name, constant, monkeypatch):
     parallel = builders.DistributedDataParallel
-
-    @functools.wraps(parallel.__init__)
-    def record(model, **options):
-        return options
-
-    record.__signature__ = inspect.signature(parallel)
+    record = mock.Mock(side_effect=lambda model, **options: options, __signature__=inspect.signature(parallel))
     monkeypatch.setattr(builders, "DistributedDataParallel", record)
     monkeypatch.setattr(builders, "world_size", lambda: 2)
     model = timm.create_model(name)
@@ -99,7 +95,3 @@ def test_precision_and_kernels_are_chosen_on_purpose():
     assert torch.get_float32_matmul_precision() == "high"
     assert torch.backends.cudnn.benchmark
     assert torch.backends.cudnn.allow_tf32
-
-
-def test_the_recipe_for_several_nodes_names_gloos_interface():
-    assert "GLOO_SOCKET_IFNAME" in (ROOT / "recipes" / "several_nodes.slurm").read_text()

@@ -264,3 +264,7 @@ def test_all_published_rows_are_shown_without_runs(show):
     names = ("student", "teacher", "method", "best", "last", "last10", "recipe", "differences", "source")
     results = runs.PUBLISHED["results"]
     assert [[row[name] for name in names] for row in rows] == [[entry[name] for name in names] for entry in results]
+
+
+def test_a_table_does_not_wait_for_matplotlib():
+    assert not hasattr(tables, "plots")  # torch is ruled out in test_house.py
