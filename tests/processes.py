@@ -154,27 +154,37 @@ def errors(runs):
     return [line for line in lines if re.match(r"(\[rank \d+\] )?error: ", line)]
 
 
-def strike(number, *, step, training=True, rank=None):
-    """Return statements for `fork`'s `before`: the process sends itself a signal in a forward of the student.
+def on_student(body, *, training=True, anytime=True):
+    """Return statements for `before`, which execute `body` before each forward of the student in this mode.
 
-    `step` counts from 0 the forwards of all training batches that this process gets, or else of all validation batches
-    after the first training batch. `rank` is the only rank that does it, or None for all.
+    `body` may use `module`, `args`, `rank`, and `step`, which counts these forwards from 0. With anytime=False those
+    before the first training batch do not count.
     """
-    return f"""
-import os, torch
-seen, trained = 0, False
-def count(module, args):
-    global seen, trained
+    lines = "\n".join(f"    {line}" for line in body.strip().splitlines())
+    code = f"""
+import os, signal, sys, time, torch
+rank, step, trained = int(os.environ.get("RANK", 0)), -1, {anytime}
+def hook(module, args):
+    global step, trained
     if type(module).__name__ != "VisionTransformer":
         return
     trained |= module.training
-    if trained and module.training == {training}:
-        if seen == {step}:
-            os.kill(os.getpid(), {int(number)})
-        seen += 1
-if os.environ.get("RANK", "0") in {[str(rank)] if rank is not None else ["0", "1"]}:
-    torch.nn.modules.module.register_module_forward_pre_hook(count)
+    if not trained or module.training != {training}:
+        return
+    step += 1
+{lines}
+torch.nn.modules.module.register_module_forward_pre_hook(hook)
 """
+    return f"exec({code!r}, {{}})\n"
+
+
+def strike(number, *, step, training=True, rank=None):
+    """Return statements for `before`: the process sends itself a signal in this forward of the student.
+
+    Those of validation count after the first training batch. `rank` is the only rank that does it, or None for all.
+    """
+    when = f"step == {step} and rank in {(0, 1) if rank is None else (rank,)}"
+    return on_student(f"if {when}:\n    os.kill(os.getpid(), {int(number)})", training=training, anytime=False)
 
 
 def free_port():

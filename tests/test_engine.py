@@ -169,17 +169,6 @@ def test_the_moving_average_follows_every_optimizer_step():
     torch.testing.assert_close(dict(ema.module.state_dict()), expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("train_mode", [True, False])
-def test_train_mode_off_trains_without_dropout(train_mode):
-    model, twin, batches = make_model(dropout=0.5), make_model(), make_batches(3)
-    model.train(not train_mode)
-    train(model, batches, train_mode=train_mode)
-    by_hand(twin, batches)
-    assert model.training == train_mode
-    difference = (model[2].weight - twin[2].weight).abs().max()
-    assert difference > 1e-3 if train_mode else difference < 1e-12
-
-
 def test_random_erasing_is_on_in_training_and_off_in_evaluation():
     prepare = Prepare([0.0] * 3, [1.0] * 3, reprob=1.0, remode="const")
     images = [(torch.full((2, 3, 4, 4), 255, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))]
@@ -191,20 +180,6 @@ def test_random_erasing_is_on_in_training_and_off_in_evaluation():
     evaluate(model, images, prepare=prepare, device=CPU)
     assert (seen[0] == 0).any()
     assert (seen[1] == 1).all()
-
-
-def test_autocast_has_the_dtype_that_is_asked_for():
-    dtypes = []
-
-    def criterion(images, outputs, maps, labels):
-        dtypes.append(outputs.dtype)
-        return cross_entropy(images, outputs.float(), maps, labels)
-
-    for amp_dtype in (torch.float32, torch.bfloat16):
-        model = make_model(dtype=torch.float32)
-        train(model, make_batches(1, dtype=torch.float32), amp_dtype=amp_dtype, criterion=criterion)
-        assert model[2].weight.dtype == torch.float32
-    assert dtypes == [torch.float32, torch.bfloat16]
 
 
 def test_a_loss_scale_leaves_the_step_as_it_is():

@@ -115,21 +115,16 @@ def test_a_model_that_the_hub_does_not_have_is_one_line(hub):
         models.build_model("hf-hub:owner/none", 5)
 
 
-def test_the_model_card_tells_what_the_run_was(tmp_path):
+def test_the_model_card_tells_the_accuracy_of_its_epoch(tmp_path):
     line = '{"epoch": %d, "test_acc1": %d, "test_acc5": 90.0, "test_ema_acc1": 60.0}\n'
     (tmp_path / "log.txt").write_text("".join(line % each for each in enumerate((40, 51, 50))))
-    args = {"data_set": "IMNET", "epochs": 3, "lr": 0.001, "distillation_type": "soft"}
-    args |= {"teacher_model": "cait_s24_224", "s_id": [0, 1], "t_id": [0, 11]}
-    export_tiny("resnet18", tmp_path, facts=card_facts(args, tmp_path / "log.txt", command="main.py @run.args"))
+    args = {"data_set": "IMNET", "epochs": 3, "lr": 0.001}
+    facts = card_facts(args, tmp_path / "log.txt")
+    assert facts["Accuracy"] == "top-1 51.00%, top-5 90.00% on IMNET, epoch 1"
+    export_tiny("resnet18", tmp_path, facts=facts)
     card = (tmp_path / "README.md").read_text()
-    for fact in (
-        "**Accuracy:** top-1 51.00%, top-5 90.00% on IMNET, epoch 1",
-        "**Recipe:** epochs 3, lr 0.001",
-        "**Teacher:** cait_s24_224 (soft distillation; blocks 0 <- 0, 1 <- 11)",
-        "**Command line:** `main.py @run.args`",
-        f"timm {timm.__version__}",
-    ):
-        assert fact in card
+    assert "**Recipe:** epochs 3, lr 0.001" in card
+    assert f"timm {timm.__version__}" in card
     assert card_facts(args, tmp_path / "log.txt", epoch=2)["Accuracy"].startswith("top-1 50.00%")
     assert card_facts(args, tmp_path / "log.txt", ema=True)["Accuracy"] == "top-1 60.00% on IMNET, epoch 0"
     assert "Accuracy" not in card_facts({}, None)

@@ -110,16 +110,6 @@ def test_the_card_of_a_distilled_run_repeats_it(distilled):
 
 
 @pytest.mark.slow
-def test_an_export_names_classes_size_and_normalization(distilled):
-    config = json.loads((distilled[1] / "config.json").read_text())
-    names = torch.load(distilled[0] / "checkpoint.pth", weights_only=True)["classes"]
-    found = config.get("label_names") or config["pretrained_cfg"]["label_names"]
-    assert found == names
-    assert config["pretrained_cfg"]["input_size"] == [3, 32, 32]
-    assert config["pretrained_cfg"]["mean"] == [0.485, 0.456, 0.406]
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["--eval", "--export model"])
 def test_the_newest_checkpoint_needs_no_name(mode, distilled, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
