@@ -1,4 +1,4 @@
-"""Runs of main.py as processes of their own, whose faults the tests provoke.
+"""Runs of main.py in separate processes, in which the tests cause faults.
 
 `fork` starts a run in a tenth of a second: a server process has imported everything, and each run is a fork of it that
 executes main.py as `python main.py` would. `torchrun` starts the real launcher, which takes seconds.
@@ -92,7 +92,7 @@ def until(condition, timeout=60, run=None):
 
 
 def fork(*flags, ranks=1, before="", env=None):
-    """Start main.py in `ranks` processes that find each other as under a launcher.
+    """Start main.py in `ranks` processes that connect as under a launcher.
 
     `before` holds Python statements to execute first, which prepare a fault; `env` further environment variables.
     Returns a Run, or a list of them for several ranks.
@@ -219,7 +219,7 @@ def alive(pid):
 
 
 class Server:
-    """Forks runs of main.py; starts with the first order and ends with the tests."""
+    """Fork runs of main.py; starts with the first order and ends with the tests."""
 
     @functools.cached_property
     def home(self):

@@ -66,7 +66,7 @@ def train(model, batches, *, resume=None, wrap=None, hooks=None, criterion=cross
 
 
 def by_hand(model, batches, lr=0.1, clip=None):
-    """Plain gradient descent; returns the loss of each step."""
+    """Train by plain gradient descent; return the loss of each step."""
     values = []
     for images, labels in batches:
         loss = F.cross_entropy(model(images), labels)
@@ -205,7 +205,7 @@ def test_the_console_has_a_line_every_ten_steps_and_at_the_end(capsys):
 
 
 def test_the_console_shows_remaining_and_waiting_time(monkeypatch, capsys):
-    """4 of 10 steps in 20 s leave 30 s; each batch took 2 s to arrive."""
+    """4 of 10 steps in 20 s leave 30 s; the loader took 2 s per batch."""
     now = [100.0]
     monkeypatch.setattr(engine.time, "perf_counter", lambda: now[0])
     console = Console("x", 10, 0, CPU)
@@ -298,7 +298,7 @@ def test_twenty_gradients_in_a_row_that_are_not_finite_end_training(bad, ends):
 
 
 def test_a_gradient_scale_under_one_ends_training():
-    """A collapsed scaler skips every step while the loss stays finite; the original trains on like that."""
+    """A collapsed scaler skips every step while the loss stays finite; the original does not notice."""
     model = make_model(dtype=torch.float32)
     model[2].weight.register_hook(lambda grad: grad * math.inf)
     scaler = GradScaler("cpu", init_scale=4.0)  # halves with every skipped step
@@ -310,7 +310,7 @@ def test_a_gradient_scale_under_one_ends_training():
 
 
 def make_scored(num_images, classes=CLASSES, seed=3):
-    """A model that looks its logits up, with images and labels: nothing in the expected counts is computed by it."""
+    """A model that looks up its logits, with images and labels, so that the expected counts are independent of it."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(num_images, classes, generator=generator)
     labels = torch.randint(0, classes, (num_images,), generator=generator)
@@ -324,7 +324,7 @@ def make_scored(num_images, classes=CLASSES, seed=3):
 
 
 def expected_counts(dataset, logits):
-    """Counts by sorting, loss in float64."""
+    """Count by sorting, and compute the loss in float64."""
     labels = dataset.tensors[1]
     places = (logits.argsort(dim=1, descending=True) == labels[:, None]).int().argmax(dim=1)
     counts = {"correct1": (places == 0).sum().item(), "correct5": (places < 5).sum().item()}
@@ -370,7 +370,7 @@ def test_evaluation_puts_the_model_into_eval_mode_and_makes_no_graph():
 
 
 def one_right_of_17():
-    """Only the first image, which padding to a multiple of the processes would count again, is classified right."""
+    """Only the first image is classified correctly; padding to a multiple of the processes would count it twice."""
     model, dataset, logits = make_scored(17)
     labels = (logits.argmax(dim=1) + 1) % CLASSES
     labels[0] = logits[0].argmax()
@@ -432,7 +432,7 @@ faults.leave_distributed()
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    """What two processes, started as training is, make of the same work."""
+    """The results of two processes that are started as in training."""
     folder, tests = tmp_path_factory.mktemp("two"), Path(__file__).parent
     (folder / "script.py").write_text(TWO_PROCESSES)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -446,7 +446,7 @@ def two_processes(tmp_path_factory):
 @pytest.mark.parametrize("num_images", [1, 2, 3, 17])
 @pytest.mark.slow
 def test_two_processes_count_every_image_once(two_processes, num_images):
-    """Also where a process has no image at all."""
+    """Also if a process has no images."""
     _, dataset, logits = make_scored(num_images)
     stats, expected = two_processes["scores"][str(num_images)], expected_counts(dataset, logits)
     assert stats["loss"] == pytest.approx(expected.pop("loss"), rel=1e-6)
@@ -473,7 +473,7 @@ def test_two_processes_train_as_one_with_their_batches_together(two_processes):
 
 @pytest.mark.slow
 def test_two_processes_distill_as_one(two_processes):
-    """The hooks sit on the bare model inside DistributedDataParallel, and the teacher outside of it."""
+    """The hooks are on the bare model inside DistributedDataParallel; the teacher is outside."""
     weights, meter = distill()
     assert two_processes["distilled_terms"] == pytest.approx(meter.averages(), rel=1e-5)
     assert min(meter.averages().values()) > 0.01

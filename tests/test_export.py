@@ -1,4 +1,4 @@
-"""An exported model is the trained one, and timm alone can load it."""
+"""An exported model equals the trained one, and timm alone can load it."""
 
 import json
 from argparse import Namespace
@@ -27,7 +27,7 @@ def export(checkpoint, folder, *more):
 
 
 def test_a_checkpoint_of_the_original_exports(tmp_path):
-    """It holds a Namespace, and names as DistributedDataParallel has them."""
+    """It has a Namespace, and weights with DistributedDataParallel's names."""
     weights = timm.create_model(DEIT, num_classes=3, **KWARGS).state_dict()
     wrapped = {f"module.{name}": tensor for name, tensor in weights.items()}
     torch.save({"model": weights, "model_ema": wrapped, "args": Namespace(epochs=3)}, tmp_path / "checkpoint.pth")

@@ -1,4 +1,4 @@
-"""What happens to a run when something breaks: each fault is provoked in real processes."""
+"""Faults of every kind, caused in real processes."""
 
 import json
 import os
@@ -83,7 +83,7 @@ def test_one_bad_loss_makes_all_ranks_skip_the_step(tmp_path):
 
 
 def test_third_bad_loss_in_a_row_stops_all_ranks(tmp_path):
-    """Counted across epochs: the last step of epoch 0 and the first two of epoch 1."""
+    """They are counted across epochs: the last step of epoch 0 and the first two of epoch 1."""
     before = poison(steps=(3, 4, 5), rank=1)
     runs = finish(3, *FOUR_STEPS, "--epochs", 3, "--output_dir", tmp_path, ranks=2, before=before)
     message = "error: term loss_base of rank 1 was not finite in 3 steps in a row, up to epoch 1, step 1"
@@ -95,7 +95,7 @@ def test_third_bad_loss_in_a_row_stops_all_ranks(tmp_path):
 
 
 def test_bad_weights_are_never_saved(tmp_path):
-    """They break during the last backward of epoch 1, so no loss shows it."""
+    """They break in the last backward pass of epoch 1, so no loss shows it."""
     break_weights = on_student("""
 if step == 7:
     bias = module.head.bias
@@ -109,7 +109,7 @@ if step == 7:
 
 
 def test_buffers_infinite_by_design_are_saved_and_averaged(tmp_path):
-    """Masks, as in some of timm's families."""
+    """Some of timm's families have such masks."""
     mask = """
 import timm, torch
 build = timm.create_model
@@ -144,7 +144,7 @@ def test_signal_to_one_rank_stops_all_at_the_same_step(number, ranks, tmp_path):
 
 
 def test_signal_in_evaluation_stops_it_and_keeps_the_epoch(tmp_path):
-    """Shards of 25 and 24 images in batches of 12 are 3 and 2 batches; the signal comes to the shorter."""
+    """Shards of 25 and 24 images have 3 and 2 batches of 12; the rank with the shorter one gets the signal."""
     flags = flags_of(tmp_path, "--gratings-sizes", 64, 49)
     runs = finish(STOPPED, *flags, ranks=2, before=strike(signal.SIGTERM, step=0, training=False, rank=1))
     assert "in epoch 0 after step 4" in runs[0].text
@@ -163,7 +163,7 @@ def test_signal_during_start_up_stops_at_once(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["torchrun's", "Ctrl-C"])
 def test_signal_to_the_group_leaves_workers_to_their_process(number, tmp_path):
-    """A worker that took the signal itself would end the run with an error."""
+    """A worker that acted on the signal would end the run with an error."""
     run = fork(*flags_of(tmp_path, "--epochs", 50, "--num_workers", 2)).says("Epoch: [1]")
     workers = descendants(run.pid)
     assert len(workers) == 4  # those of training and those of evaluation
@@ -204,7 +204,7 @@ def test_signal_during_a_hung_batch_ends_the_run(workers, hung, images, tmp_path
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGXCPU], ids=lambda number: number.name)
 def test_signal_to_torchrun_is_saved_by_its_processes(number, tmp_path):
-    """torchrun passes some signals on; others end it, which its processes notice."""
+    """torchrun passes on some signals; others end it, which its processes notice."""
     flags = flags_of(tmp_path, "--epochs", 500, "--num_workers", 1)
     run = torchrun(*flags).says("Epoch: [1]")
     processes = descendants(run.pid)
@@ -223,7 +223,7 @@ def test_signal_to_torchrun_is_saved_by_its_processes(number, tmp_path):
 
 
 def test_processes_end_within_five_seconds_of_the_launcher(tmp_path):
-    """Rank 1 is stopped and cannot answer, so rank 0 waits for it in vain."""
+    """Rank 1 is stopped and cannot answer, so rank 0 waits until its timeout."""
     run = torchrun(*flags_of(tmp_path, "--epochs", 500, "--num_workers", 1)).says("Epoch: [1]")
     processes = descendants(run.pid)
     os.kill(run.workers()["1"], signal.SIGSTOP)
@@ -268,7 +268,7 @@ def test_torchrun_names_the_rank_that_failed_and_its_error(crash, tmp_path):
 
 @pytest.mark.parametrize("silent", [0, 1])
 def test_hung_rank_ends_the_others_at_the_timeout(silent, tmp_path):
-    """Without a launcher, which would end the stopped process after its own 30 seconds."""
+    """There is no launcher, which would end the stopped process after 30 seconds."""
     runs = fork(*flags_of(tmp_path, "--dist-timeout", 3), ranks=2, before=strike(signal.SIGSTOP, step=1, rank=silent))
     other = runs[1 - silent]
     assert other.code(20) == 1
@@ -292,7 +292,7 @@ def full_disk(*, until_step=10**9):
 
 
 def test_full_disk_keeps_the_previous_checkpoint_and_the_run(tmp_path):
-    """Both saves of epoch 1 fail, those of epoch 2 do not."""
+    """Both saves of epoch 1 fail; those of epoch 2 succeed."""
     finish(0, *flags_of(tmp_path, "--epochs", 1), ranks=2)
     (tmp_path / ".checkpoint.pth.abcd1234.tmp").write_bytes(b"half a checkpoint")  # of a save that was killed
     runs = finish(0, *flags_of(tmp_path, "--epochs", 3), ranks=2, before=full_disk(until_step=4))
@@ -355,7 +355,7 @@ def test_second_run_in_the_same_folder_is_refused(tmp_path):
 
 
 def test_lock_names_its_last_holder_only(tmp_path):
-    """Taken, freed and taken again, by processes because a lock does not keep its own process out."""
+    """Processes take it, free it and take it again, because a lock does not exclude its own process."""
     take = f"import os, time, checkpoint; lock = checkpoint.FolderLock({str(tmp_path)!r}); print('taken', flush=True)\n"
     assert fork(before=f"{take}os._exit(0)").says("taken").code() == 0
     holder = fork(before=f"{take}time.sleep(60)").says("taken")
@@ -365,7 +365,7 @@ def test_lock_names_its_last_holder_only(tmp_path):
 
 
 def test_ranks_that_see_different_folders_are_refused(tmp_path):
-    """As on nodes without a common disk: a relative path, from another folder on each rank."""
+    """A relative path from a different folder on each rank simulates nodes without a shared disk."""
     apart = f"import os; home = {str(tmp_path)!r} + '/' + os.environ['RANK']; os.makedirs(home); os.chdir(home)"
     runs = finish(2, *flags_of("out"), ranks=2, before=apart, timeout=30)
     reason = "is not the folder of rank 0: give one that all nodes share"
@@ -433,7 +433,7 @@ def imagenet_flags(root, folder, *more):
 
 @pytest.mark.parametrize(("workers", "ranks"), [(0, 1), (2, 1), (1, 2)])
 def test_unreadable_image_ends_the_run_with_its_path(workers, ranks, images, tmp_path):
-    """On two ranks one of them gets it, and must not leave the other one waiting."""
+    """One of two ranks reads it, and must not leave the other one waiting."""
     runs = fork(*imagenet_flags(images, tmp_path, "--num_workers", workers), ranks=ranks)
     assert sorted(codes(runs, 30)) == [1, 2][-ranks:]
     text = "".join(run.text for run in ranks_of(runs))
@@ -490,7 +490,7 @@ resource_sharer._resource_sharer.get_connection = break_off
 
 @pytest.mark.parametrize("before", MOMENTS.values(), ids=MOMENTS)
 def test_killed_loader_worker_ends_the_run_with_one_line(before, tmp_path):
-    """As the kernel does when memory is short."""
+    """The kernel does this when memory is short."""
     run = fork(*flags_of(tmp_path, "--epochs", 500, "--num_workers", 1), before=before)
     if not before:
         os.kill(min(descendants(run.says("Epoch: [0]").pid)), signal.SIGKILL)
@@ -541,7 +541,7 @@ def test_hung_loader_worker_ends_the_run_at_the_timeout(images, tmp_path):
 
 
 def test_missing_teacher_ends_all_ranks_and_names_the_way_out():
-    """The hubs are offline for all runs here, and their caches empty."""
+    """All runs here are offline, with empty caches."""
     flags = tiny_run("--distillation-type", "soft", "--w-fft", 0, "--teacher-model", "cait_s24_224")
     runs = finish(2, *flags, ranks=2, timeout=20)
     assert all("--teacher-path" in line and "cait_s24_224" in line for line in errors(runs))

@@ -1,4 +1,4 @@
-"""How a run is set up on GPUs, shown without one: process groups, DDP, stop requests, precision, errors."""
+"""The set-up of a run on GPUs, tested without one: process groups, DDP, stop requests, precision, errors."""
 
 import datetime
 import functools

@@ -1,4 +1,4 @@
-"""An interrupted run ends with the very bits of one that was not interrupted."""
+"""An interrupted run ends with the same bits as an uninterrupted one."""
 
 import json
 import math
@@ -28,7 +28,7 @@ STOPPED = 128 + signal.SIGTERM
 
 
 def outcome(folder):
-    """Return what a run left, without what must differ: paths, flags of the resume, times."""
+    """Return the results of a run without what must differ: paths, flags of the resume, times."""
     lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
     result = {"log": [{name: value for name, value in line.items() if name not in TIMING} for line in lines]}
     for name in ("checkpoint.pth", "model_best.pth"):
@@ -38,7 +38,7 @@ def outcome(folder):
 
 
 def differences(a, b, name=""):
-    """Return the names of everything that is not equal, bit by bit, in nested dicts and lists."""
+    """Return the names of all values in nested dicts and lists that are not equal bit for bit."""
     if isinstance(a, torch.Tensor):
         return [] if torch.equal(a, b) and a.dtype == b.dtype else [name]
     if isinstance(a, dict) and a.keys() == b.keys():
@@ -64,7 +64,7 @@ def flags(teacher_file):
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory, flags):
-    """ranks -> the outcome of a run without interruption, made once."""
+    """Return a function: ranks -> results of an uninterrupted run, which is made once."""
     made = {}
 
     def get(ranks):
@@ -172,7 +172,7 @@ def stopped(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def straight_two(stopped, tmp_path_factory):
-    """Return the outcome of the stopped run's flags without the stop."""
+    """Return the results of the same flags without the stop."""
     folder = tmp_path_factory.mktemp("straight_two")
     finish(0, *stopped[0], "--output_dir", folder)
     return outcome(folder)
@@ -283,7 +283,7 @@ def test_checkpoint_part_that_does_not_fit_is_refused(part, stopped, tmp_path):
 
 @pytest.mark.parametrize("options", [("momentum", "--momentum", 0), ("lookahead_adamw",), ("lamb",)])
 def test_optimizer_state_of_every_kind_is_accepted(options, tmp_path):
-    """8 steps, since Lookahead makes its second weights after 6."""
+    """8 steps are needed, because Lookahead creates its second weights after 6."""
     flags = tiny_run("--epochs", 2, "--opt", *options, "--output_dir", tmp_path)
     main.main(main.parse_args(flags))
     main.main(main.parse_args([*flags, "--epochs", "3", "--resume", str(tmp_path / "checkpoint.pth")]))
@@ -363,7 +363,7 @@ def test_named_checkpoint_is_never_replaced_by_another(again, folder):
 
 
 def test_stop_between_log_line_and_checkpoint_leaves_one_line(again, folder, straight_two):
-    """The line is written first, so such a stop leaves one too many, which the resume drops."""
+    """The line is written first, so the stop leaves one too many, which the resumed run drops."""
     with open(folder / "log.txt", "a") as log:
         log.write(json.dumps({"epoch": 1, "train_loss": 0.0}) + "\n" + '{"epoch": 1, "tr')  # and one cut short
     again(0, "--resume", "auto")
@@ -403,7 +403,7 @@ os.replace = strike
 
 @pytest.mark.parametrize("target", ["model_best.pth", "checkpoint_previous.pth", "checkpoint.pth"])
 def test_kill_between_the_files_of_a_save_is_repaired(target, tmp_path):
-    """In the first save after the validation of epoch 0, which is the best so far."""
+    """The kill is in the first save after the validation of epoch 0, the best so far."""
     flags = tiny_run("--output_dir", tmp_path, "--resume", "auto")
     count = {"model_best.pth": 1, "checkpoint_previous.pth": 1, "checkpoint.pth": 2}[target]
     finish(-signal.SIGKILL, *flags, before=kill_at_rename(target, count))
@@ -433,7 +433,7 @@ def test_lost_best_weights_are_reported_with_every_save(again, folder):
 
 
 def test_rewriting_the_best_file_keeps_the_checkpoint(again, folder):
-    """They are two files, not two names of one."""
+    """They are two files, not two names of the same file."""
     again(0, "--resume", "auto")
     for path in folder.glob("*.pth"):
         others = {other: other.read_bytes() for other in folder.glob("*.pth") if other != path}

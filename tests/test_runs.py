@@ -1,4 +1,4 @@
-"""runs.py reads logs, knows what results depend on, finds the published result, and names what it cannot read."""
+"""runs.py reads logs, compares settings, finds published results, and reports what it cannot read."""
 
 import json
 
@@ -67,7 +67,7 @@ def test_foreign_arguments_are_ignored(content, write, capsys):
 
 
 def test_runs_of_version_0_1_join_todays(write):
-    """It stored KEY=VALUE strings, and other flags."""
+    """That version stored KEY=VALUE strings, and had other flags."""
     new = write("run_0", [1, 2, 3], "--model-kwargs", "depth=4", "name=x")
     args = {"model_kwargs": ["depth=4", "name=x"], "teacher_kwargs": [], "seed": 1, "spectra_every": 0}
     old = write("run_1", [1, 2, 3], args=args)
@@ -81,7 +81,7 @@ def test_runs_of_version_0_1_join_todays(write):
 
 @pytest.fixture
 def published(tmp_path, write, monkeypatch):
-    """Return the published top-1 beside a run by a recipe with further flags."""
+    """Return the published top-1 that is shown for a run of a recipe with further flags."""
 
     def run_recipe(recipe, *more, processes=None, **other):
         monkeypatch.chdir(ROOT)  # recipes include each other relative to the repository
@@ -125,7 +125,7 @@ def test_a_published_number_needs_1000_classes(published):
 
 
 def test_losses_across_a_batch_depend_on_its_split(published):
-    """Manifold's terms relate the images of a process; 4 processes x 128 is another loss than 8 x 64."""
+    """Manifold's terms compare the images of a process, so 4 processes x 128 have another loss than 8 x 64."""
     assert published("manifold", "--batch-size", 128, processes=4) is None
 
 

@@ -1,4 +1,4 @@
-"""Classes are matched by name: the layout of a folder changes no count."""
+"""Classes are matched by name: scores do not depend on the layout of the folder."""
 
 import json
 import re
@@ -40,7 +40,7 @@ def evaluate(checkpoint, folder, *more):
 
 @torch.no_grad()
 def fit_head(model, folder, classes):
-    """Solve for the head that is right on every validation image, whose labels are indices of `classes`."""
+    """Solve for a head that classifies every validation image correctly; labels are indices of `classes`."""
     dataset = build_dataset("IMNET", "val", folder, eval_transform(32))
     images = torch.stack([torch.as_tensor(image) for image, _ in dataset]) / 255
     mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
@@ -53,7 +53,7 @@ def fit_head(model, folder, classes):
 
 @pytest.fixture(scope="module")
 def layouts(tmp_path_factory):
-    """Folders with the same images: under the model's names, under numbers, and some of the classes only."""
+    """Folders with the same images: named as in the model, numbered, and with only some of the classes."""
     root = tmp_path_factory.mktemp("layouts")
     jpeg_folder(root / "names", CLASSES, ["val"], images=1)
     shutil.copytree(root / "names", root / "numbers")
@@ -66,7 +66,7 @@ def layouts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(layouts):
-    """A model that is right on every image."""
+    """A model that classifies every image correctly."""
     torch.manual_seed(0)
     model = timm.create_model(DEIT, num_classes=len(CLASSES), **KWARGS)
     fit_head(model, layouts / "names", CLASSES)

@@ -1,4 +1,4 @@
-"""A run repeats itself, describes itself on a model card and in Weights & Biases, and takes models of the user."""
+"""Repeating runs, model cards, Weights & Biases, and models of the user."""
 
 import json
 import re
@@ -75,7 +75,7 @@ def test_a_checkpoint_fills_in_what_is_not_given(tmp_path):
 
 @pytest.fixture(scope="module")
 def distilled(tmp_path_factory, teacher_file):
-    """The folder of a distilled run of two epochs, and that of its export."""
+    """The folders of a distilled run of two epochs and of its export."""
     root = tmp_path_factory.mktemp("card")
     run(*tiny_run(*distil(teacher_file), "--epochs", 2, "--output_dir", root / "run", "--no-model-ema"))
     run("--export", root / "model", "--resume", root / "run" / "checkpoint.pth", "--device", "cpu")

@@ -65,7 +65,7 @@ def test_the_closed_form_has_value_and_gradients_of_the_transform(shapes):
 
 
 def peak_of(function):
-    """Return the largest number of bytes that the function held at one time, beyond those held before."""
+    """Return the peak memory of the function in bytes, beyond what was allocated before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -75,7 +75,7 @@ def peak_of(function):
 
 @pytest.mark.parametrize("teacher_channels", [48, 96])
 def test_the_closed_form_takes_less_memory_than_two_maps(teacher_channels):
-    """Value and gradient together; the transform takes more than three."""
+    """Value and gradient together; the transform needs more than three."""
     student = torch.randn(16, 196, 48).transpose(1, 2).unflatten(2, (14, 14)).requires_grad_()
     teacher = torch.randn(16, 196, teacher_channels).transpose(1, 2).unflatten(2, (14, 14))
     map_bytes = 4 * student.numel()
@@ -161,7 +161,7 @@ def host_reads(num_steps, fused):
 
 
 def test_no_step_waits_for_the_device_with_the_default_optimizer():
-    """Between console lines; AdamW without its fused kernel does wait, so a read would be counted."""
+    """AdamW without its fused kernel does wait, which shows that waits are counted."""
     assert host_reads(8, fused=True) == host_reads(4, fused=True)
     assert host_reads(8, fused=False) > host_reads(4, fused=False)
     optimizer, *_ = build_optimizer(parse_args(tiny_run()), nn.Linear(2, 2), nn.Module())

@@ -1,4 +1,4 @@
-"""tables.py compares only what may be compared, and shows what the logs hold."""
+"""tables.py shows what the logs contain, and compares only comparable runs."""
 
 import csv
 import io

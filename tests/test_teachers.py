@@ -1,4 +1,4 @@
-"""Any model of timm can teach: its classes by name, its own image size, with a head or without one."""
+"""Any timm model can teach: with its own classes and image size, with or without a head."""
 
 import pytest
 import timm
@@ -39,7 +39,7 @@ def teacher_for(classes, *flags):
 
 @pytest.fixture
 def imagenet_teacher(tmp_path):
-    """A teacher of 1000 classes, with arguments by which timm takes its weights for its own pretrained ones."""
+    """A teacher with 1000 classes, and arguments that make timm use its weights as pretrained ones."""
     source = build("resnet18", 1000)
     torch.save(source.state_dict(), tmp_path / "hub.pth")
     return source, FAMILIES["resnet18"] | {"pretrained_cfg_overlay": {"file": str(tmp_path / "hub.pth")}}
@@ -48,7 +48,7 @@ def imagenet_teacher(tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("from_file", [False, True])
 def test_an_imagenet_teacher_teaches_a_part_of_its_classes(from_file, imagenet_teacher, tmp_path):
-    """With timm's weights and with a file of them that names no classes."""
+    """This holds for timm's weights and for a file of them without class names."""
     source, kwargs = imagenet_teacher
     more = ["--teacher-path", tmp_path / "hub.pth"] if from_file else []
     teacher = teacher_for(CLASSES, "resnet18", kwargs, "soft", "--w-fft", 0, *more)
