@@ -173,6 +173,14 @@ def test_signal_to_the_group_leaves_workers_to_their_process(number, tmp_path):
     assert_all_end(workers)
 
 
+def test_loader_workers_end_with_their_killed_process(tmp_path):
+    run = fork(*flags_of(tmp_path, "--epochs", 50, "--num_workers", 2)).says("Epoch: [1]")
+    workers = descendants(run.pid)
+    run.send(signal.SIGKILL)
+    assert run.code() == -signal.SIGKILL
+    assert_all_end(workers, 2)
+
+
 def test_start_stopped_by_another_failure_is_not_preempted(tmp_path):
     """Otherwise a script would requeue the job again and again."""
     fail = "if rank == 1:\n    raise LookupError('the sky fell')\n"
