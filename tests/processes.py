@@ -5,6 +5,7 @@ executes main.py as `python main.py` would. `torchrun` starts the real launcher,
 """
 
 import atexit
+import functools
 import json
 import os
 import re
@@ -62,13 +63,11 @@ class Run:
 class LauncherRun(Run):
     """A run under torch.distributed.run; `pid` is the launcher's."""
 
+    pid = property(lambda self: self.process.pid)
+
     def __init__(self, folder, process):
         super().__init__(folder)
         self.process = process
-
-    @property
-    def pid(self):
-        return self.process.pid
 
     def code(self, timeout=90):
         try:
@@ -78,7 +77,8 @@ class LauncherRun(Run):
 
     def workers(self):
         """Return the process ids by rank."""
-        return {environment(pid)["RANK"]: pid for pid in descendants(self.pid) if "main.py" in command(pid)}
+        pids = [pid for pid in descendants(self.pid) if "main.py" in _proc(pid, "cmdline")]
+        return {re.search(r"\bRANK=(\d+)", _proc(pid, "environ"))[1]: pid for pid in pids}
 
 
 def until(condition, timeout=60, run=None):
@@ -94,13 +94,8 @@ def until(condition, timeout=60, run=None):
 def fork(*flags, ranks=1, before="", env=None):
     """Start main.py in `ranks` processes that connect as under a launcher.
 
-    Args:
-        flags: of main.py.
-        before: Python statements to execute first, which prepare a fault.
-        env: further environment variables.
-
-    Returns:
-        A Run, or a list of them for several ranks.
+    `before` holds Python statements to execute first, which prepare a fault; `env` further environment variables.
+    Returns a Run, or a list of them for several ranks.
     """
     launcher = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
     runs = []
@@ -113,8 +108,19 @@ def fork(*flags, ranks=1, before="", env=None):
     return runs if ranks > 1 else runs[0]
 
 
+def ranks_of(runs):
+    return runs if isinstance(runs, list) else [runs]
+
+
 def codes(runs, timeout=90):
-    return [run.code(timeout) for run in runs]
+    return [run.code(timeout) for run in ranks_of(runs)]
+
+
+def finish(code, *flags, timeout=90, **options):
+    """Run main.py, started by `fork`, until all ranks ended with this exit code; return what `fork` returns."""
+    runs = fork(*flags, **options)
+    assert set(codes(runs, timeout)) == {code}, [run.text for run in ranks_of(runs)]
+    return runs
 
 
 def torchrun(*flags, ranks=2, launcher=(), before="", env=None):
@@ -144,47 +150,47 @@ def epochs(folder):
 
 def errors(runs):
     """Return the lines of all ranks that report an error."""
-    lines = [line for run in runs for line in run.text.splitlines()]
+    lines = [line for run in ranks_of(runs) for line in run.text.splitlines()]
     return [line for line in lines if re.match(r"(\[rank \d+\] )?error: ", line)]
 
 
-def strike(number, *, step, training=True, rank=None):
-    """Return statements for `fork`'s `before`: the process sends itself a signal in a forward of the student.
+def on_student(body, *, training=True, anytime=True):
+    """Return statements for `before`, which execute `body` before each forward of the student in this mode.
 
-    Args:
-        step: the forward, counted from 0 over all training (or validation) batches that this process gets.
-        training: count training batches; otherwise those of validation, after the first training batch.
-        rank: only on this one, or None for all.
+    `body` may use `module`, `args`, `rank`, and `step`, which counts these forwards from 0. With anytime=False those
+    before the first training batch do not count.
     """
-    return f"""
-import os, torch
-seen, trained = 0, False
-def count(module, args):
-    global seen, trained
+    lines = "\n".join(f"    {line}" for line in body.strip().splitlines())
+    code = f"""
+import os, signal, sys, time, torch
+rank, step, trained = int(os.environ.get("RANK", 0)), -1, {anytime}
+def hook(module, args):
+    global step, trained
     if type(module).__name__ != "VisionTransformer":
         return
     trained |= module.training
-    if trained and module.training == {training}:
-        if seen == {step}:
-            os.kill(os.getpid(), {int(number)})
-        seen += 1
-if os.environ.get("RANK", "0") in {[str(rank)] if rank is not None else ["0", "1"]}:
-    torch.nn.modules.module.register_module_forward_pre_hook(count)
+    if not trained or module.training != {training}:
+        return
+    step += 1
+{lines}
+torch.nn.modules.module.register_module_forward_pre_hook(hook)
 """
+    return f"exec({code!r}, {{}})\n"
+
+
+def strike(number, *, step, training=True, rank=None):
+    """Return statements for `before`: the process sends itself a signal in this forward of the student.
+
+    Those of validation count after the first training batch. `rank` is the only rank that does it, or None for all.
+    """
+    when = f"step == {step} and rank in {(0, 1) if rank is None else (rank,)}"
+    return on_student(f"if {when}:\n    os.kill(os.getpid(), {int(number)})", training=training, anytime=False)
 
 
 def free_port():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
-
-
-def command(pid):
-    return _proc(pid, "cmdline").replace("\0", " ")
-
-
-def environment(pid):
-    return dict(pair.split("=", 1) for pair in _proc(pid, "environ").split("\0") if "=" in pair)
 
 
 def _proc(pid, name):
@@ -196,46 +202,35 @@ def _proc(pid, name):
 
 def descendants(pid):
     """Return all processes below a process."""
-    parents = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if fields[0] != "Z":
-            parents[int(path.parent.name)] = int(fields[1])
+    parents = {int(path.name): stat(path.name)[1:2] for path in Path("/proc").glob("[0-9]*") if alive(path.name)}
     found = [pid]
     for parent in found:
-        found += [child for child, its in parents.items() if its == parent]
+        found += [child for child, its in parents.items() if its == [str(parent)]]
     return found[1:]
 
 
+def stat(pid):
+    """Return the state of a process, the process id of its parent, and more, as strings."""
+    return _proc(pid, "stat").rpartition(")")[2].split()
+
+
 def alive(pid):
-    return _proc(pid, "stat").rpartition(")")[2].split()[:1] not in ([], ["Z"])
+    return stat(pid)[:1] not in ([], ["Z"])
 
 
 class Server:
     """Fork runs of main.py; starts with the first order and ends with the tests."""
 
-    def __init__(self):
-        self.process = None
-
-    @property
+    @functools.cached_property
     def home(self):
-        if self.process is None:
-            self.directory = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-            self.process = subprocess.Popen(
-                [sys.executable, __file__],
-                stdin=subprocess.PIPE,
-                text=True,
-                env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **self.offline()},
-            )
-            atexit.register(self.close)
-        return self.directory.name
-
-    def offline(self):
-        """Return variables that keep hubs offline, with empty caches; their libraries read them when imported."""
-        return {"HF_HUB_OFFLINE": "1", "HF_HOME": self.directory.name, "TORCH_HOME": self.directory.name}
+        self.directory = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        home = self.directory.name
+        # Hubs are offline and their caches empty; their libraries read this when imported.
+        offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": home, "TORCH_HOME": home}
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **offline}
+        self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, text=True, env=env)
+        atexit.register(self.close)
+        return home
 
     def order(self, job):
         self.process.stdin.write(json.dumps(job) + "\n")

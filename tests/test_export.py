@@ -26,29 +26,25 @@ def export(checkpoint, folder, *more):
     return folder / "model.safetensors"
 
 
-def assert_same_model(file, weights, num_classes):
-    """timm builds the model from the exported file alone, with exactly these weights."""
-    model = timm.create_model(DEIT, checkpoint_path=str(file), num_classes=num_classes, **KWARGS)
-    torch.testing.assert_close(model.state_dict(), weights, rtol=0, atol=0)
-
-
 def test_a_checkpoint_of_the_original_exports(tmp_path):
     """It has a Namespace, and weights with DistributedDataParallel's names."""
     weights = timm.create_model(DEIT, num_classes=3, **KWARGS).state_dict()
     wrapped = {f"module.{name}": tensor for name, tensor in weights.items()}
     torch.save({"model": weights, "model_ema": wrapped, "args": Namespace(epochs=3)}, tmp_path / "checkpoint.pth")
     for flags in ([], ["--eval-ema"]):
-        assert_same_model(export(tmp_path / "checkpoint.pth", tmp_path / "out", *flags), weights, 3)
+        file = export(tmp_path / "checkpoint.pth", tmp_path / "out", *flags)
+        model = timm.create_model(DEIT, checkpoint_path=str(file), num_classes=3, **KWARGS)
+        torch.testing.assert_close(model.state_dict(), weights, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("content", "flags", "message"),
-    [
-        ({"weight": torch.ones(3)}, ["--eval-ema"], "no (EMA|moving average)"),
-        ({"weight": torch.ones(3)}, [], "weights do not fit"),
-        ({}, [], "has no weights"),
-    ],
-)
+REFUSED = [
+    ({"weight": torch.ones(3)}, ["--eval-ema"], "no (EMA|moving average)"),
+    ({"weight": torch.ones(3)}, [], "weights do not fit"),
+    ({}, [], "has no weights"),
+]
+
+
+@pytest.mark.parametrize(("content", "flags", "message"), REFUSED)
 def test_a_refused_export_leaves_no_file(content, flags, message, tmp_path):
     torch.save({"model": content, "args": {}}, tmp_path / "checkpoint.pth")
     with pytest.raises(utils.UserError, match=message):
@@ -119,23 +115,16 @@ def test_a_model_that_the_hub_does_not_have_is_one_line(hub):
         models.build_model("hf-hub:owner/none", 5)
 
 
-def test_the_model_card_tells_what_the_run_was(tmp_path):
-    lines = [
-        {"epoch": e, "test_acc1": a, "test_acc5": 90.0, "test_ema_acc1": 60.0} for e, a in enumerate((40.0, 51.0, 50.0))
-    ]
-    (tmp_path / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    args = {"data_set": "IMNET", "epochs": 3, "lr": 0.001, "distillation_type": "soft"}
-    args |= {"teacher_model": "cait_s24_224", "s_id": [0, 1], "t_id": [0, 11]}
-    export_tiny("resnet18", tmp_path, facts=card_facts(args, tmp_path / "log.txt", command="main.py @run.args"))
+def test_the_model_card_tells_the_accuracy_of_its_epoch(tmp_path):
+    line = '{"epoch": %d, "test_acc1": %d, "test_acc5": 90.0, "test_ema_acc1": 60.0}\n'
+    (tmp_path / "log.txt").write_text("".join(line % each for each in enumerate((40, 51, 50))))
+    args = {"data_set": "IMNET", "epochs": 3, "lr": 0.001}
+    facts = card_facts(args, tmp_path / "log.txt")
+    assert facts["Accuracy"] == "top-1 51.00%, top-5 90.00% on IMNET, epoch 1"
+    export_tiny("resnet18", tmp_path, facts=facts)
     card = (tmp_path / "README.md").read_text()
-    for fact in (
-        "**Accuracy:** top-1 51.00%, top-5 90.00% on IMNET, epoch 1",
-        "**Recipe:** epochs 3, lr 0.001",
-        "**Teacher:** cait_s24_224 (soft distillation; blocks 0 <- 0, 1 <- 11)",
-        "**Command line:** `main.py @run.args`",
-        f"timm {timm.__version__}",
-    ):
-        assert fact in card
+    assert "**Recipe:** epochs 3, lr 0.001" in card
+    assert f"timm {timm.__version__}" in card
     assert card_facts(args, tmp_path / "log.txt", epoch=2)["Accuracy"].startswith("top-1 50.00%")
     assert card_facts(args, tmp_path / "log.txt", ema=True)["Accuracy"] == "top-1 60.00% on IMNET, epoch 0"
     assert "Accuracy" not in card_facts({}, None)

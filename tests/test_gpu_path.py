@@ -26,25 +26,15 @@ if not hasattr(torch.library, "triton_op"):
 PAIRS = [0, 1, 6, 7, 8, 9, 10, 11], [0, 1, 18, 19, 20, 21, 22, 23]
 
 
-class Stream:
-    """Stands in for a CUDA stream, which cannot be made without a GPU."""
-
-    def wait_stream(self, other):
-        pass
-
-
 @contextlib.contextmanager
 def fake_cuda():
-    """FakeTensors of cuda:0, also where the engine asks for streams and memory."""
-    with (
-        counting.fake_cuda() as device,
-        mock.patch("torch.cuda.Stream", return_value=Stream()),
-        mock.patch("torch.cuda.current_stream", return_value=Stream()),
-        mock.patch("torch.cuda.stream", return_value=contextlib.nullcontext()),
-        mock.patch("torch.cuda.max_memory_allocated", return_value=0),
-        mock.patch("torch.cuda.max_memory_reserved", return_value=0),
-        mock.patch.object(torch.Tensor, "record_stream", return_value=None),
-    ):
+    """FakeTensors of cuda:0, also where the engine asks for streams and memory, which need a GPU."""
+    absent = {"Stream": mock.MagicMock(), "current_stream": mock.MagicMock(), "stream": contextlib.nullcontext()}
+    absent |= {"max_memory_allocated": 0, "max_memory_reserved": 0}
+    with counting.fake_cuda() as device, contextlib.ExitStack() as stack:
+        for name, value in absent.items():
+            stack.enter_context(mock.patch(f"torch.cuda.{name}", return_value=value))
+        stack.enter_context(mock.patch.object(torch.Tensor, "record_stream"))
         yield device
     engine.copy_stream.cache_clear()
 
@@ -65,13 +55,10 @@ def test_teacher_moves_99_gigabytes_at_most():
 
 
 def test_attention_maps_are_never_float32():
-    def float32_maps(choice):
+    for choice, expected in (("timm", True), ("eager", False)):
         count = forward(timm.create_model("cait_s24_224", depth=2), choice, batch=4)
-        size = 4 * 8 * 196 * 196
-        return [shape for dtype, shape in count.tensors if dtype == torch.float32 and torch.Size(shape).numel() == size]
-
-    assert float32_maps("timm")
-    assert not float32_maps("eager")
+        sizes = {torch.Size(shape).numel() for dtype, shape in count.tensors if dtype == torch.float32}
+        assert (4 * 8 * 196 * 196 in sizes) == expected
 
 
 def test_triton_kernel_is_used_under_float16():
@@ -150,8 +137,7 @@ def test_evaluation_never_waits_between_batches():
 def test_step_stays_within_its_kernels_and_bytes():
     """DeiT-Tiny under CaiT-S24, 8 pairs, batch 256, float16; random erasing would add 128 kernels on average."""
     models = timm.create_model("deit_tiny_patch16_224"), timm.create_model("cait_s24_224")
-    one, two = (
-        count_steps(number, *copy.deepcopy(models), ids=PAIRS, batch=256, fused=True) for number in (1, 2)
-    )  # the first step also creates the moments
+    # The first step also creates the moments.
+    one, two = (count_steps(n, *copy.deepcopy(models), ids=PAIRS, batch=256, fused=True) for n in (1, 2))
     assert two.kernels - one.kernels < 1770
     assert two.bytes - one.bytes < 146e9

@@ -62,18 +62,9 @@ WIRING = {"main", "builders", "scoring", "checkpoint"}
 READS_ARGS = WIRING | {"flags", "analyze", "verify", "tables", "runs", "demo"}  # with command lines of their own
 MODULES = {path.stem: ast.parse(path.read_text()) for path in ROOT.glob("*.py")}
 DOCUMENTS = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
-# Named in the documents and still to be written.
-FILES_TO_COME: set[str] = set()
-FILES_OF_A_RUN = {"run.args"}
-FLAGS_OF_OTHERS = {
-    "--nproc_per_node",
-    "--max-restarts",
-    "--shm-size",
-    "--full",
-    "--ipc",
-    "--logdir",
-    *("--published", "--plot", "--vary", "--run"),
-}  # torchrun, docker, tensorboard, tables.py, recipes/sweep.py
+# Of torchrun, docker, tensorboard, tables.py and recipes/sweep.py.
+FLAGS_OF_OTHERS = {"--nproc_per_node", "--max-restarts", "--shm-size", "--full", "--ipc", "--logdir"}
+FLAGS_OF_OTHERS |= {"--published", "--plot", "--vary", "--run"}
 
 
 def imports(tree):
@@ -139,13 +130,11 @@ def test_the_choices_of_flags_are_those_of_the_modules():
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_files_named_in_a_document_exist(document):
     text = document.read_text()
-    named = set(re.findall(r"`([\w./-]+\.(?:py|md|args|slurm|sh))`", text)) | set(
-        re.findall(r"@(recipes/\S+\.args)", text)
-    )
+    named = {*re.findall(r"`([\w./-]+\.(?:py|md|args|slurm|sh))`", text), *re.findall(r"@(recipes/\S+\.args)", text)}
     links = {(document.parent / link).resolve() for link in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", text)}
     missing = {name for name in named if not (ROOT / name).exists()}
     missing |= {str(path.relative_to(ROOT)) for path in links if not path.exists()}
-    assert missing <= FILES_TO_COME | FILES_OF_A_RUN
+    assert missing <= {"run.args"}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

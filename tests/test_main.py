@@ -3,17 +3,13 @@
 import json
 import re
 
-import numpy as np
 import pytest
 import timm
 import torch
 from conftest import STUDENT, distil, run_main, tiny_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import builders
-import datasets
 import main
-import samplers
 from flags import key_values, parse_args
 
 pytestmark = pytest.mark.slow
@@ -71,8 +67,7 @@ def test_log_holds_deits_keys_and_the_terms_of_the_loss(lines):
 
 def test_output_shows_the_pairs_and_the_progress(distilled):
     assert "blocks.3 [24, 4, 4] <- teacher blocks.5 [48, 4, 4]: teacher pooled to [24, 4, 4]" in distilled[1]
-    progress = r"Epoch: \[0\] +\[6/6\] +eta: .* lr: .* loss: .* loss_base: .* time: .* data: .* img/s: "
-    assert re.search(progress, distilled[1])
+    assert re.search(r"Epoch: \[0\] +\[6/6\] +eta: .* loss_dist: ", distilled[1])
 
 
 def test_checkpoints_hold_deits_keys_and_the_best_epoch(distilled, lines):
@@ -102,37 +97,16 @@ def test_eval_prints_the_accuracy_of_training(distilled, evaluation, processes):
     assert scores(done.stdout)[0][0] == "49"
 
 
-def test_eval_takes_model_and_data_from_the_checkpoint(distilled):
-    stats = run("--eval", "--resume", distilled[0] / "checkpoint.pth", "--device", "cpu", "--num_workers", 0)
-    assert f"{stats['acc1']:.3f}" == scores(distilled[1])[-1][1]
-
-
-def test_run_args_repeats_the_run(distilled):
-    repeated = vars(parse_args([f"@{distilled[0] / 'run.args'}"]))
-    arguments = json.loads((distilled[0] / "args.json").read_text())
-    assert arguments | {"world_size": None} == repeated
-
-
-def test_eval_accepts_the_whole_training_command(distilled, evaluation, teacher_file):
-    stats = run(*distil(teacher_file), *evaluation)
+@pytest.mark.parametrize("whole", [False, True])
+def test_eval_takes_the_whole_training_command_or_none(whole, distilled, evaluation, teacher_file):
+    """Model and data are those of the checkpoint."""
+    short = ["--eval", "--resume", distilled[0] / "checkpoint.pth", "--device", "cpu", "--num_workers", 0]
+    stats = run(*distil(teacher_file), *evaluation) if whole else run(*short)
     assert f"{stats['acc1']:.3f}" == scores(distilled[1])[-1][1]
 
 
 def test_eval_ema_evaluates_the_ema(evaluation):
     assert run(*evaluation, "--eval-ema")["loss"] != run(*evaluation)["loss"]
-
-
-def test_copies_of_an_image_differ_on_two_processes():
-    args = parse_args(tiny_run())
-    batches = []
-    for rank in range(2):
-        dataset, _ = builders.build_datasets(args)
-        sampler = samplers.SeededSampler(samplers.RASampler(dataset, 2, rank), args.seed, rank)
-        seeded = datasets.SeededDataset(dataset)
-        batches.append([(key[0], seeded[key][0]) for key in list(sampler)[:4]])
-    copies = [(a, b) for i, a in batches[0] for j, b in batches[1] if i == j]
-    assert copies
-    assert not any(np.array_equal(a, b) for a, b in copies)
 
 
 def test_a_dry_run_reports_its_cost_and_writes_nothing(teacher_file, tmp_path, capsys):
@@ -142,14 +116,6 @@ def test_a_dry_run_reports_its_cost_and_writes_nothing(teacher_file, tmp_path, c
     assert "loss_fft: " in printed
     assert re.search(r"dry run: \d+ MiB per process, [\d.]+ s per step", printed)
     assert not (tmp_path / "run").exists()
-
-
-def test_finetune_replaces_a_head_of_another_class_count(distilled, tmp_path):
-    weights = distilled[0] / "model_best.pth"
-    run(*tiny_run("--finetune", weights, "--num-classes", 30, "--output_dir", tmp_path, "--lr", 0))
-    before, after = load(weights)["model"], load(tmp_path / "checkpoint.pth")["model"]
-    torch.testing.assert_close(after["blocks.0.attn.qkv.weight"], before["blocks.0.attn.qkv.weight"], rtol=0, atol=1e-3)
-    assert len(after["head.weight"]) == 30
 
 
 def test_two_heads_learn_from_labels_and_teacher(teacher_file, tmp_path):
@@ -165,32 +131,6 @@ def test_two_heads_learn_from_labels_and_teacher(teacher_file, tmp_path):
     features = model.forward_features(images)
     mean = (model.head(features[:, 0]) + model.head_dist(features[:, 1])) / 2
     torch.testing.assert_close(model(images), mean)
-
-
-SWIN = "swin_tiny_patch4_window7_224 embed_dim=12 depths=(1,1,1,1) num_heads=(1,2,2,3) window_size=2 img_size=64"
-VIT = "patch_size=8 embed_dim=24 depth=4 num_heads=3 img_size=64"
-PAIRS = [
-    (SWIN, SWIN, "0 1 2 3"),
-    ("resnet18 channels=(8,8,8,16)", f"deit_tiny_patch16_224 {VIT}", "0 3"),
-    (
-        f"deit3_small_patch16_224 {VIT}",
-        "cait_xxs24_224 patch_size=8 embed_dim=48 depth=4 num_heads=4 img_size=64",
-        "0 3",
-    ),
-]
-
-
-@pytest.mark.parametrize(("student", "teacher", "ids"), PAIRS)
-def test_students_and_teachers_of_other_families_train(student, teacher, ids, tmp_path, capsys):
-    (student, *student_kwargs), (teacher, *teacher_kwargs), ids = student.split(), teacher.split(), ids.split()
-    weights = timm.create_model(teacher, num_classes=24, **key_values(teacher_kwargs)).state_dict()
-    torch.save(weights, tmp_path / "teacher.pth")
-    run(
-        *tiny_run("--input-size", 64, "--gratings-sizes", 32, 8, "--model", student, "--model-kwargs", *student_kwargs),
-        *("--distillation-type", "soft", "--s-id", *ids, "--t-id", *ids),
-        *("--teacher-model", teacher, "--teacher-path", tmp_path / "teacher.pth", "--teacher-kwargs", *teacher_kwargs),
-    )
-    assert "Max accuracy" in capsys.readouterr().out
 
 
 def test_a_float32_student_learns_from_a_float16_teacher(teacher_file, tmp_path):

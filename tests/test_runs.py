@@ -89,13 +89,9 @@ def published(tmp_path, write, monkeypatch):
         base = [f"@recipes/{recipe}.args", "--data-path", str(tmp_path / "ILSVRC2012")]
         args = flags.parse_args(base)
         batch = next((entry["global_batch"] for entry in RESULTS if entry["recipe"] == recipe), 2 * args.batch_size)
-        args, parameters = (
-            {"world_size": processes or batch // args.batch_size},
-            runs.PUBLISHED["parameters"][args.model],
-        )
-        row = rows_of(write("run", [1, 2, 3], *more, base=base, args=args, **{"n_parameters": parameters} | other))[
-            "run"
-        ]
+        size = {"n_parameters": runs.PUBLISHED["parameters"][args.model]} | other
+        stored = {"world_size": processes or batch // args.batch_size}
+        row = rows_of(write("run", [1, 2, 3], *more, base=base, args=stored, **size))["run"]
         assert (row["source"] is None) == (row["published"] is None)
         return row["published"]
 
@@ -112,23 +108,11 @@ def test_a_recipe_without_a_published_number_has_none(recipe, published):
     assert published(recipe) is None
 
 
-MATTERS = [
-    "--t-id 22",
-    "--w-fft 0.3",
-    "--mixup 0.8",
-    "--teacher-model cait_xs24_384",
-    "--model-kwargs depth=11",
-    "--lr 1e-3",
-]
+MATTERS = ["--t-id 22", "--w-fft 0.3", "--mixup 0.8", "--teacher-model cait_xs24_384", "--model-kwargs depth=11"]
 MATTERS += ["--epochs 400", "--batch-size 256", "--feature-loss mse", "--amp-dtype bfloat16", "--data-set CIFAR"]
-NEUTRAL = [
-    "--num_workers 3",
-    "--batch-size 256 --accum-steps 2",
-    "--seed 5",
-    "--no-model-ema",
-    "--device cuda:0",
-    "--deterministic",
-]
+MATTERS += ["--lr 1e-3"]
+NEUTRAL = ["--num_workers 3", "--batch-size 256 --accum-steps 2", "--seed 5", "--no-model-ema", "--device cuda:0"]
+NEUTRAL += ["--deterministic"]
 
 
 @pytest.mark.parametrize("more", [*MATTERS, *NEUTRAL])
@@ -157,30 +141,19 @@ def test_published_parameter_counts_are_the_models(model):
 
 
 def test_names_of_arguments_are_flags():
-    assert {*runs.NEUTRAL, *runs.FEATURE, *runs.TEACHER, *runs.NOT_PUBLISHED} - set(runs.DEFAULTS) == {
-        "spectra_every",  # of version 0.1
-        "batch_per_process",
-    }
+    others = {"spectra_every", "batch_per_process"}  # of version 0.1, and of runs.py
+    assert {*runs.NEUTRAL, *runs.FEATURE, *runs.TEACHER, *runs.NOT_PUBLISHED} - set(runs.DEFAULTS) == others
 
 
-@pytest.fixture
-def download(tmp_path):
-    """Return a folder of logs with the names of the released ones, and their top-1."""
-    top1 = {name: 50 + i for i, name in enumerate(runs.RELEASED)}
-    (tmp_path / "logs").mkdir()
-    for name, best in top1.items():
-        (tmp_path / "logs" / f"{name}.txt").write_text(log_line(runs.RELEASED[name]["epochs"] - 1, best))
-    return tmp_path / "logs", top1
-
-
-def test_released_logs_are_known_by_name(download):
-    folder, top1 = download
-    rows = rows_of(folder)
-    assert list(rows) == list(top1)  # in the order of the publication
-    for name, entry in runs.RELEASED.items():
-        shown = [rows[name][key] for key in ("student", "teacher", "method", "epochs", "published", "best", "done")]
-        wanted = [entry[key] for key in ("student", "teacher", "method", "epochs", "best")]
-        assert shown == [*wanted, top1[name], True]
+def test_released_logs_are_known_by_name(tmp_path):
+    for i, (name, entry) in enumerate(runs.RELEASED.items()):
+        (tmp_path / f"{name}.txt").write_text(log_line(entry["epochs"] - 1, 50 + i))
+    rows = rows_of(tmp_path)
+    assert list(rows) == list(runs.RELEASED)  # in the order of the publication
+    names = ("student", "teacher", "method", "epochs")
+    for i, (name, entry) in enumerate(runs.RELEASED.items()):
+        shown = [rows[name][key] for key in (*names, "published", "best", "done")]
+        assert shown == [*(entry[key] for key in names), entry["best"], 50 + i, True]
 
 
 @pytest.mark.slow

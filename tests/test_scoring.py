@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from conftest import STUDENT, jpeg_folder
-from processes import codes, fork
+from processes import finish
 
 import main
 from datasets import build_dataset, eval_transform
@@ -29,10 +29,13 @@ def save(path, model, **facts):
     return path
 
 
-def evaluate(checkpoint, folder, *more):
-    """Evaluate a checkpoint in this process and return the statistics."""
-    flags = ["--eval", "--resume", checkpoint, "--data-path", folder, *ON_CPU, *more]
+def run(*flags):
+    """Run main in this process and return the statistics."""
     return main.main(parse_args(list(map(str, flags))))
+
+
+def evaluate(checkpoint, folder, *more):
+    return run("--eval", "--resume", checkpoint, "--data-path", folder, *ON_CPU, *more)
 
 
 @torch.no_grad()
@@ -76,17 +79,14 @@ def checkpoint(layouts, model):
 
 
 @pytest.mark.parametrize(("layout", "images"), [("names", 12), ("numbers", 12), ("subset", 4)])
-def test_every_layout_gives_the_counts_of_the_plain_one(layout, images, checkpoint, layouts):
-    stats = evaluate(checkpoint, layouts / layout)
-    assert (stats["correct1"], stats["images"]) == (images, images)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("layout", "images"), [("names", 12), ("numbers", 12), ("subset", 4)])
-def test_every_layout_gives_the_counts_on_two_processes(layout, images, checkpoint, layouts):
-    runs = fork("--eval", "--resume", checkpoint, "--data-path", layouts / layout, *ON_CPU, ranks=2)
-    assert codes(runs) == [0, 0]
-    assert f"on the {images} test images: 100.000% ({images} correct" in runs[0].text
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_every_layout_gives_the_counts_of_the_plain_one(ranks, layout, images, checkpoint, layouts):
+    if ranks == 1:
+        stats = evaluate(checkpoint, layouts / layout)
+        assert (stats["correct1"], stats["images"]) == (images, images)
+    else:
+        runs = finish(0, "--eval", "--resume", checkpoint, "--data-path", layouts / layout, *ON_CPU, ranks=2)
+        assert f"on the {images} test images: 100.000% ({images} correct" in runs[0].text
 
 
 @torch.no_grad()
@@ -110,18 +110,16 @@ def test_eval_refuses_renamed_classes(checkpoint, layouts, tmp_path):
 def test_resume_refuses_renamed_classes(model, tmp_path):
     folder = jpeg_folder(tmp_path / "images", ("ant", "bee"))
     file = save(tmp_path / "run.pth", model, classes=["ant", "wasp"])
-    flags = ["--resume", file, "--data-path", folder, *ON_CPU]
     with pytest.raises(UserError, match=r"--resume: the data set's classes differ from the run's .bee"):
-        main.main(parse_args(list(map(str, flags))))
+        run("--resume", file, "--data-path", folder, *ON_CPU)
 
 
 def test_every_checkpoint_of_a_run_names_its_classes(tmp_path):
-    folder, run = jpeg_folder(tmp_path / "images", ("ant", "bee"), images=2), tmp_path / "run"
+    folder, out = jpeg_folder(tmp_path / "images", ("ant", "bee"), images=2), tmp_path / "run"
     flags = ["--data-path", folder, "--input-size", 32, *ON_CPU, "--model-kwargs", *STUDENT]
-    flags += ["--epochs", 1, "--warmup-epochs", 0, "--batch-size", 2, "--output_dir", run]
-    main.main(parse_args(list(map(str, flags))))
+    run(*flags, "--epochs", 1, "--warmup-epochs", 0, "--batch-size", 2, "--output_dir", out)
     for name in ("checkpoint.pth", "model_best.pth"):
-        assert torch.load(run / name, weights_only=True)["classes"] == ["ant", "bee"]
+        assert torch.load(out / name, weights_only=True)["classes"] == ["ant", "bee"]
 
 
 # ImageNet's names
@@ -152,9 +150,9 @@ def test_a_new_head_of_pretrained_weights_is_not_scored(thousand, tmp_path):
     folder = jpeg_folder(tmp_path, ("n01440764", "n01443537"), ["val"], images=1)
     torch.save(timm.create_model(DEIT, **KWARGS | {"img_size": 224}).state_dict(), tmp_path / "hub.pth")
     hub = f"pretrained_cfg_overlay={{'file':'{tmp_path / 'hub.pth'}'}}"
-    flags = ["--eval", "--pretrained", "--num-classes", "2", "--data-path", str(folder), *ON_CPU, "--input-size", "32"]
+    flags = ["--eval", "--pretrained", "--num-classes", "2", "--data-path", folder, *ON_CPU, "--input-size", 32]
     with pytest.raises(UserError, match="--pretrained with --num-classes would score an untrained head"):
-        main.main(parse_args([*flags, "--model-kwargs", *STUDENT, hub]))
+        run(*flags, "--model-kwargs", *STUDENT, hub)
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +170,7 @@ def real(tmp_path_factory, thousand):
 
 def test_real_labels_give_their_own_accuracy(real, capsys):
     flags, root = real
-    stats = main.main(parse_args(list(map(str, [*flags, root / "real.json"]))))
+    stats = run(*flags, root / "real.json")
     assert (stats["correct1"], stats["real1"]) == (1, pytest.approx(100 / 3))
     assert "ReaL accuracy: 33.333% of the 900 images with ReaL labels" in capsys.readouterr().out
 
@@ -181,29 +179,27 @@ def test_real_labels_give_their_own_accuracy(real, capsys):
 @pytest.mark.parametrize("split", ["--dist-eval", "--no-dist-eval"])
 def test_real_labels_count_each_image_once_on_two_processes(split, real):
     flags, root = real
-    runs = fork(*flags, root / "real.json", split, ranks=2)
-    assert codes(runs) == [0, 0]
-    assert re.findall("ReaL accuracy: .*", runs[0].text) == [
-        "ReaL accuracy: 33.333% of the 900 images with ReaL labels"
-    ]
+    runs = finish(0, *flags, root / "real.json", split, ranks=2)
+    expected = "ReaL accuracy: 33.333% of the 900 images with ReaL labels"
+    assert re.findall("ReaL accuracy: .*", runs[0].text) == [expected]
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [("[[7]]", "expected one entry for each of the 1000 images"), ("no", "Expecting value"), (None, "No such file")],
-)
+WRONG = [("[[7]]", "expected one entry for each of the 1000 images"), ("no", "Expecting value"), (None, "No such file")]
+
+
+@pytest.mark.parametrize(("content", "message"), WRONG)
 def test_wrong_real_labels_are_refused(content, message, real, tmp_path):
     if content:
         (tmp_path / "real.json").write_text(content)
     with pytest.raises(UserError, match=f"--real-labels .*real.json: .*{message}"):
-        main.main(parse_args(list(map(str, [*real[0], tmp_path / "real.json"]))))
+        run(*real[0], tmp_path / "real.json")
 
 
 def test_real_labels_need_the_names_of_imagenets_files(real, tmp_path):
     shutil.copytree(real[1] / "images", tmp_path / "images")
     (tmp_path / "images/val/3/ILSVRC2012_val_00000004.JPEG").rename(tmp_path / "images/val/3/tiger.JPEG")
     with pytest.raises(UserError, match=r"tiger\.JPEG has no ImageNet name"):
-        main.main(parse_args(list(map(str, [*real[0], real[1] / "real.json", "--data-path", tmp_path / "images"]))))
+        run(*real[0], real[1] / "real.json", "--data-path", tmp_path / "images")
 
 
 def test_real_labels_need_imagenets_classes(checkpoint, layouts):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, distil, tiny_run
 from families import build, mae_file
-from processes import fork, strike
+from processes import finish, strike
 
 import analyze
 import main
@@ -42,21 +42,20 @@ def test_run_args_reads_back_as_the_same_flags(flags, tmp_path, teacher_file):
     assert vars(parse_args([f"@{tmp_path / 'run.args'}"])) == vars(args)
 
 
-@pytest.mark.parametrize(
-    ("flags", "kept"),
-    [
-        ("--overwrite", ""),
-        ("--resume auto", "--resume auto"),
-        ("--resume {folder}/checkpoint.pth --start_epoch 2", ""),
-        ("--resume {teacher}", "--resume {teacher}"),
-    ],
-)
+KEPT = [
+    ("--overwrite", ""),
+    ("--resume auto", "--resume auto"),
+    ("--resume {folder}/checkpoint.pth --start_epoch 2", ""),
+    ("--resume {teacher}", "--resume {teacher}"),
+]
+
+
+@pytest.mark.parametrize(("flags", "kept"), KEPT)
 def test_run_args_starts_no_run_over_and_continues_none(flags, kept, tmp_path, teacher_file):
     (tmp_path / "checkpoint.pth").touch()
     flags, kept = (text.format(folder=tmp_path, teacher=teacher_file) for text in (flags, kept))
     args = parse_args([*tiny_run(), "--output_dir", str(tmp_path), *flags.split()])
-    lines = [line for line in to_arg_lines(args) if re.match("--(overwrite|resume|start)", line)]
-    assert lines == [kept] * bool(kept)
+    assert [line for line in to_arg_lines(args) if re.match("--(overwrite|resume|start)", line)] == [kept] * bool(kept)
 
 
 # What a checkpoint tells
@@ -86,9 +85,8 @@ def distilled(tmp_path_factory, teacher_file):
 @pytest.mark.slow
 def test_the_run_of_run_args_has_the_same_weights(distilled, tmp_path):
     run(f"@{distilled[0] / 'run.args'}", "--output_dir", tmp_path / "again")
-    first, again = (
-        torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (distilled[0], tmp_path / "again")
-    )
+    folders = distilled[0], tmp_path / "again"
+    first, again = (torch.load(folder / "checkpoint.pth", weights_only=True) for folder in folders)
     torch.testing.assert_close(again["model"], first["model"], rtol=0, atol=0)
 
 
@@ -112,23 +110,11 @@ def test_the_card_of_a_distilled_run_repeats_it(distilled):
 
 
 @pytest.mark.slow
-def test_an_export_names_classes_size_and_normalization(distilled):
-    config = json.loads((distilled[1] / "config.json").read_text())
-    names = torch.load(distilled[0] / "checkpoint.pth", weights_only=True)["classes"]
-    found = config.get("label_names") or config["pretrained_cfg"]["label_names"]
-    assert found == names
-    assert config["pretrained_cfg"]["input_size"] == [3, 32, 32]
-    assert config["pretrained_cfg"]["mean"] == [0.485, 0.456, 0.406]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["--eval", "--export"])
+@pytest.mark.parametrize("mode", ["--eval", "--export model"])
 def test_the_newest_checkpoint_needs_no_name(mode, distilled, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = ["--eval"] if mode == "--eval" else ["--export", tmp_path / "model"]
-    run(*words, "--resume", "auto", "--output_dir", distilled[0], "--device", "cpu", "--num_workers", 0)
-    if mode == "--export":
-        assert (tmp_path / "model" / "README.md").read_text().count("Accuracy") == 1
+    run(*mode.split(), "--resume", "auto", "--output_dir", distilled[0], "--device", "cpu", "--num_workers", 0)
+    assert mode == "--eval" or (tmp_path / "model" / "README.md").read_text().count("Accuracy") == 1
 
 
 def test_a_checkpoint_of_an_older_version_tells_its_model(tmp_path):
@@ -184,24 +170,19 @@ def wandb(tmp_path):
 def test_wandb_ends_with_a_stopped_run_and_resumes_it(wandb, tmp_path):
     before, calls = wandb
     flags = tiny_run("--epochs", 3, "--output_dir", tmp_path / "out", "--wandb", "project", "--resume", "auto")
-    assert fork(*flags, before=f"{before}\n{strike(signal.SIGTERM, step=6)}").code() == 128 + signal.SIGTERM
-    first = calls()
-    assert [call[0] for call in first] == ["init", "log", "finish"]
-    assert first[-1] == ["finish", 1]
-    assert fork(*flags, before=before).code() == 0
-    second = calls()[3:]
-    assert [call[:2] for call in second[1:]] == [["log", 1], ["log", 2], ["finish", 0]]
-    assert second[0] == first[0]
-    options = first[0][1]
-    assert (options["project"], options["name"], options["resume"]) == ("project", "out", "allow")
+    finish(128 + signal.SIGTERM, *flags, before=f"{before}\n{strike(signal.SIGTERM, step=6)}")
+    finish(0, *flags, before=before)
+    (init, log, end), second = calls()[:3], calls()[3:]
+    assert (init[0], log[:2], end) == ("init", ["log", 0], ["finish", 1])
+    assert [call[:2] for call in second] == [init, ["log", 1], ["log", 2], ["finish", 0]]
+    assert [init[1][name] for name in ("project", "name", "resume")] == ["project", "out", "allow"]
 
 
 @pytest.mark.slow
 def test_wandb_gets_a_new_id_when_a_run_starts_again(wandb, tmp_path):
-    before, calls = wandb
-    flags = tiny_run("--output_dir", tmp_path / "out", "--wandb", "project", "--overwrite")
-    assert [fork(*flags, before=before).code() for _ in range(2)] == [0, 0]
-    assert len({call[1]["id"] for call in calls() if call[0] == "init"}) == 2
+    for _ in range(2):
+        finish(0, *tiny_run("--output_dir", tmp_path / "out", "--wandb", "project", "--overwrite"), before=wandb[0])
+    assert len({call[1]["id"] for call in wandb[1]() if call[0] == "init"}) == 2
 
 
 def test_a_missing_wandb_is_one_line(tmp_path, monkeypatch):

@@ -1,14 +1,13 @@
-"""Fast code equals the reference implementation: the closed form, attention of frozen teachers, compilation."""
+"""Fast paths compute what the reference implementation does: the closed form, compile, whole steps."""
 
 import copy
-import importlib.util
 import json
 
 import pytest
 import timm
 import torch
 import torch._inductor.config
-from conftest import ROOT, distil, tiny_run
+from conftest import distil, tiny_run
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -21,6 +20,7 @@ import main
 import models
 import spectral
 import utils
+from benchmarks import reference
 from builders import build_optimizer
 from checkpoint import TrainState
 from engine import ConstantScaler, DivergenceWatch, train_one_epoch
@@ -105,43 +105,6 @@ def test_the_gradient_of_the_closed_form_is_available_once():
         loss.backward()
 
 
-# Attention of frozen teachers
-
-
-@pytest.mark.parametrize(
-    ("name", "kwargs"),
-    [
-        ("cait_s24_224", {"img_size": 64, "embed_dim": 48, "depth": 3, "num_heads": 4}),
-        (
-            "swin_tiny_patch4_window7_224",
-            {"img_size": 64, "window_size": 4, "embed_dim": 12, "depths": (2, 1, 1, 1), "num_heads": (1, 2, 3, 4)},
-        ),
-    ],
-)
-@torch.no_grad()
-def test_fast_attention_has_the_outputs_and_names_of_timm(name, kwargs):
-    torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=5, **kwargs).eval()
-    for parameter in model.parameters():
-        parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    images = torch.randn(3, 3, 64, 64)
-    expected, weights = model(images), {key: value.clone() for key, value in model.state_dict().items()}
-    kinds = [type(module) for module in model.modules()]
-    fused = [getattr(module, "fused_attn", None) for module in model.modules()]
-    models.fast_attention(model)
-    changed = [type(module) for module in model.modules()] != kinds
-    assert changed or [getattr(module, "fused_attn", None) for module in model.modules()] != fused
-    torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(model.state_dict(), weights, rtol=0, atol=0)
-
-
-@torch.no_grad()
-def test_other_models_are_left_alone():
-    model = timm.create_model("deit_tiny_patch16_224", img_size=32, embed_dim=24, depth=2, num_heads=3)
-    before = [type(module) for module in model.modules()]
-    assert [type(module) for module in models.fast_attention(model).modules()] == before
-
-
 # Whole runs
 
 
@@ -188,7 +151,7 @@ def train_epoch(model, hooks, criterion, batches, optimizer, meter=None, scaler=
 
 def host_reads(num_steps, fused):
     """Return how often an epoch with one console line makes the host wait for a number from the device."""
-    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12), nn.Linear(12, 3))
     batches = [(torch.zeros(2, 3, 2, 2), torch.tensor([0, 1]))] * num_steps
     criterion = losses.DistillationLoss(nn.CrossEntropyLoss())
     optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, fused=fused)
@@ -203,14 +166,6 @@ def test_no_step_waits_for_the_device_with_the_default_optimizer():
     assert host_reads(8, fused=False) > host_reads(4, fused=False)
     optimizer, *_ = build_optimizer(parse_args(tiny_run()), nn.Linear(2, 2), nn.Module())
     assert all(group["fused"] for group in optimizer.param_groups)
-
-
-def reference_loss():
-    """Return `spectral_loss` of the reference implementation in benchmarks/."""
-    spec = importlib.util.spec_from_file_location("reference", ROOT / "benchmarks" / "reference.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.spectral_loss
 
 
 class Rows(utils.Meter):
@@ -254,16 +209,16 @@ def test_twenty_steps_have_the_terms_of_the_reference_implementation():
     for parameter in teacher.parameters():  # untrained layer scales would hide the attention
         parameter.detach().add_(torch.randn_like(parameter), alpha=0.05)
     batches = [(torch.randn(4, 3, 64, 64), torch.randint(5, (4,))) for _ in range(20)]
-    reference, fast = (
+    by_hand, fast = (
         train(student := copy.deepcopy(model), spectral.FeatureHooks(student, [0, 3]), criterion_of(*parts), batches)
         for train, *parts in (
-            (reference_terms, copy.deepcopy(teacher), reference_loss()),
+            (reference_terms, copy.deepcopy(teacher), reference.spectral_loss),
             (engine_terms, models.fast_attention(copy.deepcopy(teacher)), spectral.closed_spectral_loss),
         )
     )
-    assert reference.shape == (20, 4)
-    assert reference[-1, 0] < reference[0, 0]
-    torch.testing.assert_close(fast, reference, rtol=1e-4, atol=0)
+    assert by_hand.shape == (20, 4)
+    assert by_hand[-1, 0] < by_hand[0, 0]
+    torch.testing.assert_close(fast, by_hand, rtol=1e-4, atol=0)
 
 
 def criterion_of(teacher, feature_loss):
