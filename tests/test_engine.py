@@ -269,7 +269,7 @@ def test_a_step_with_an_infinite_loss_leaves_batchnorm_alone():
     assert_same_weights(model, twin, atol=0)
 
 
-def test_the_third_loss_in_a_row_that_is_not_finite_ends_training():
+def test_the_third_bad_loss_in_a_row_ends_training():
     model, twin, batches = make_model(), make_model(), make_batches(12)
     with pytest.raises(utils.Diverged, match=r"loss_base.*3 steps in a row, up to epoch 5, step 6"):
         train(model, batches, criterion=spoiled({1, 4, 5, 6}, "loss_base", math.inf))
@@ -286,7 +286,7 @@ def test_bad_losses_with_good_ones_between_do_not_end_training():
 @pytest.mark.parametrize(
     ("bad", "ends"), [(range(1, 21), True), (range(1, 20), False), ({*range(1, 16), *range(17, 30)}, False)]
 )
-def test_twenty_gradients_in_a_row_that_are_not_finite_end_training(bad, ends):
+def test_twenty_bad_gradients_in_a_row_end_training(bad, ends):
     model, steps = make_model(), iter(range(10**6))
     model[2].weight.register_hook(lambda grad: grad * (math.inf if next(steps) in bad else 1))
     if ends:
@@ -350,14 +350,14 @@ def test_shards_together_have_the_counts_of_the_whole(num_images, shards, batch_
 
 
 @pytest.mark.parametrize("classes", [2, 3, 4, 5])
-def test_with_five_classes_or_fewer_every_image_is_among_the_best_five(classes):
+def test_up_to_five_classes_have_a_top_5_of_100_percent(classes):
     model, dataset, logits = make_scored(9, classes)
     stats = evaluate(model, DataLoader(dataset, 4), device=CPU, prepare=nn.Identity())
     assert stats["acc5"] == 100
     assert stats["correct1"] == expected_counts(dataset, logits)["correct1"]
 
 
-def test_evaluation_puts_the_model_into_eval_mode_and_makes_no_graph():
+def test_evaluation_uses_eval_mode_and_makes_no_graph():
     model = make_model(dropout=0.9)
     model.train()
     outputs = []

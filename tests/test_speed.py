@@ -56,7 +56,7 @@ def value_and_gradients(loss, student, teacher):
 
 
 @pytest.mark.parametrize("shapes", [*((shape, shape) for shape in SHAPES), *POOLED], ids=str)
-def test_the_closed_form_has_value_and_gradients_of_the_transform(shapes):
+def test_the_closed_form_equals_the_transform(shapes):
     torch.manual_seed(0)
     maps = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
     closed = value_and_gradients(spectral.closed_spectral_loss, *maps)
@@ -116,7 +116,7 @@ def run_terms(folder, *flags):
 
 
 @pytest.mark.slow
-def test_a_run_with_the_closed_form_has_the_terms_of_the_transform(teacher_file, tmp_path):
+def test_a_closed_form_run_has_the_terms_of_the_transform(teacher_file, tmp_path):
     """4 epochs of 5 steps; float32 rounding, which training amplifies."""
     flags = [*distil(teacher_file), "--lr", 0.01, "--gratings-sizes", 80, 8, "--epochs", 4, "--spectral-impl"]
     closed, by_transform = (run_terms(tmp_path / impl, *flags, impl) for impl in ("closed", "fft"))
@@ -160,7 +160,7 @@ def host_reads(num_steps, fused):
     return reads.count
 
 
-def test_no_step_waits_for_the_device_with_the_default_optimizer():
+def test_no_step_with_the_default_optimizer_waits():
     """AdamW without its fused kernel does wait, which shows that waits are counted."""
     assert host_reads(8, fused=True) == host_reads(4, fused=True)
     assert host_reads(8, fused=False) > host_reads(4, fused=False)
@@ -201,7 +201,7 @@ def engine_terms(student, hooks, criterion, batches):
     return torch.tensor(meter.rows)
 
 
-def test_twenty_steps_have_the_terms_of_the_reference_implementation():
+def test_twenty_steps_have_the_terms_of_the_reference():
     """timm's teacher and two stacked transforms; float32 rounding, which training amplifies."""
     torch.manual_seed(0)
     model = timm.create_model("deit_tiny_patch16_224", img_size=64, embed_dim=24, depth=4, num_heads=3, num_classes=5)
