@@ -146,3 +146,7 @@ def test_precision_and_kernels_are_chosen_on_purpose():
     assert torch.get_float32_matmul_precision() == "high"
     assert torch.backends.cudnn.benchmark
     assert torch.backends.cudnn.allow_tf32
+
+
+def test_the_recipe_for_several_nodes_names_gloos_interface():
+    assert "GLOO_SOCKET_IFNAME" in (ROOT / "recipes" / "several_nodes.slurm").read_text()

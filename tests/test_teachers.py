@@ -136,3 +136,9 @@ def test_all_pairs_models_with_equally_many_blocks(tmp_path):
     torch.save(build("vit_tiny_patch16_224").state_dict(), tmp_path / "teacher.pth")
     flags = ("vit_tiny_patch16_224", VIT, "fft", "--teacher-path", tmp_path / "teacher.pth", "--s-id", "all", "--t-id")
     assert len(teacher_for(["ant", "bee"], *flags, "all")(images())[1]) == VIT["depth"]
+
+
+def test_the_help_explains_block_ids():
+    assert "timm's feature_info (blocks of a ViT, stages of a Swin)" in " ".join(
+        main.get_args_parser().format_help().split()
+    )
