@@ -139,6 +139,6 @@ def test_all_pairs_models_with_equally_many_blocks(tmp_path):
 
 
 def test_the_help_explains_block_ids():
-    assert "timm's feature_info (blocks of a ViT, stages of a Swin)" in " ".join(
+    assert "indices into timm's feature_info (ViT: blocks, Swin: stages), or all" in " ".join(
         main.get_args_parser().format_help().split()
     )
