@@ -125,8 +125,8 @@ def _first_global(path: Path) -> str | None:
 
 def stored_args(checkpoint: dict) -> dict:
     """Return the flags of the run that wrote a checkpoint, by name; {} if it has none."""
-    args = checkpoint.get("args") or {}
-    return args if isinstance(args, dict) else vars(args)
+    args = checkpoint.get("args")
+    return vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
 
 
 def extract_weights(checkpoint: Mapping[str, Any], *, ema: bool = False) -> dict[str, Tensor]:

@@ -421,3 +421,7 @@ VIT_TINY, DISTILLED, PLAIN_DEIT = "vit_tiny_patch16_224", "deit_tiny_distilled_p
 def test_weights_of_another_model_are_refused_in_one_line(name, found, kwargs, head, message):
     with pytest.raises(utils.UserError, match=f"^the weights do not fit {name}: .*{message}.*$"):
         load_weights(build(name), build(found, **kwargs).state_dict(), head=head)
+
+
+def test_arguments_of_another_kind_count_as_none():
+    assert stored_args({"args": ["--lr", "1"]}) == {}
