@@ -125,7 +125,8 @@ class TrainState:
         self.step, self.trained = resumed_step(checkpoint, args), checkpoint.get("trained", False)
         if self.step:
             self.meter.load_state_dict(checkpoint["meter"])
-        self.best_accuracy, self.best_epoch = checkpoint.get("max_accuracy", 0.0), checkpoint.get("best_epoch", -1)
+        self.best_accuracy = float(checkpoint.get("max_accuracy", 0.0))
+        self.best_epoch = int(checkpoint.get("best_epoch", -1))
         if self.epoch > 0:
             self.scheduler.step(self.epoch - 1)
 
@@ -264,6 +265,7 @@ class CheckpointFolder:
     """The checkpoints of a run. Only rank 0 writes; a failed write keeps the existing files."""
 
     LATEST, PREVIOUS, BEST = "checkpoint.pth", "checkpoint_previous.pth", "model_best.pth"
+    FRESH = ".fresh.pth.tmp"
     MAX_FAILURES = 3
 
     def __init__(self, folder: str | Path):
@@ -307,6 +309,7 @@ class CheckpointFolder:
                     self.failures = 0
                 except OSError as error:
                     self.failures, reason = self.failures + 1, str(error)
+                    (self.folder / self.FRESH).unlink(missing_ok=True)  # its space is needed by the next save
                     log(f"warning: checkpoint not written; the previous one is kept: {reason}")
                 if best:
                     self.best_lost = state["best_epoch"] if self.failures else None
@@ -320,7 +323,7 @@ class CheckpointFolder:
         return self.failures == 0
 
     def _write(self, state: dict, best: bool, milestone: int | None) -> None:
-        latest, fresh = self.folder / self.LATEST, self.folder / ".fresh.pth.tmp"
+        latest, fresh = self.folder / self.LATEST, self.folder / self.FRESH
         utils.write_atomically(fresh, lambda file: _save(state, file))
         # Copies come first: after a kill in between, the resumed run validates the epoch again and rewrites them.
         if best:

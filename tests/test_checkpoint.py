@@ -105,6 +105,15 @@ def test_the_newest_valid_checkpoint_is_found_by_its_epoch(tmp_path, capsys):
         assert f"{tmp_path / name} is not a valid checkpoint" in capsys.readouterr().out
 
 
+def test_a_failed_copy_leaves_no_file_behind(tmp_path, monkeypatch):
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr("checkpoint.copy_file", full)
+    assert not CheckpointFolder(tmp_path).save(state(1), best=True)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_run_that_went_back_to_a_milestone_continues_from_there(tmp_path):
     folder = CheckpointFolder(tmp_path)
     for number in (1, 2, 3, 2):
