@@ -21,8 +21,8 @@ test: $(VENV)/.installed-dev
 # The fast set and parity with the original program, on the paper's versions.
 test-paper:
 	$(MAKE) VENV=.venv-paper REQUIREMENTS=requirements-paper.txt .venv-paper/.installed-dev
-	.venv-paper/bin/python -m pytest -q
-	.venv-paper/bin/python -m pytest -q -m slow tests/test_parity.py
+	OMP_NUM_THREADS=1 .venv-paper/bin/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 .venv-paper/bin/python -m pytest -q -n 2 -m slow tests/test_parity.py
 
 $(VENV)/.installed: $(REQUIREMENTS)
 	$(PYTHON) -m venv $(VENV)

@@ -41,6 +41,7 @@ def test_a_benchmark_times_each_variant_in_each_round(script, tmp_path):
     assert ("share of the peak" in printed) == (script == "end_to_end.py")
 
 
+@pytest.mark.sweep
 def test_cost_against_work_has_a_row_per_change(tmp_path):
     sizes = ["--processes", "1", "2", "--batch-size", "2", "--input-size", "64", "32", "--pairs", "1"]
     printed, figures = run("scale.py", tmp_path, "--device", "cpu", "--repeats", "2", "--job", "--depth 2", *sizes)

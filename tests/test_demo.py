@@ -24,7 +24,7 @@ def test_the_demo_ends_with_a_table_and_a_figure(tmp_path):
     assert [line for line in lines if line.startswith("run 1 of 5, teacher: epoch 2 of 2, accuracy ")]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
     column = rows[0].index("method")
-    methods = ["none", "none", "soft KD", "MSE baseline (4 pairs)", "SpectralKD (4 pairs)"]
+    methods = ["no teacher", "no teacher", "soft KD", "MSE baseline (4 pairs)", "SpectralKD (4 pairs)"]
     assert [row[column] for row in rows[2:]] == methods
     assert (tmp_path / "analysis" / "intensity.png").stat().st_size > 10_000
 

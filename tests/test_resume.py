@@ -136,7 +136,7 @@ def test_comparison_finds_one_bit():
 
 
 # The scale starts low and grows after 3 good steps instead of 2000.
-SCALE = "import torch; torch.amp.GradScaler.__init__.__defaults__ = ('cuda', 16.0, 2.0, 0.5, 3, True)"
+SCALE = "import torch; torch.amp.GradScaler.__init__.__defaults__ = ('cuda', 16.0, 2.0, 0.5, 3, True)\n"
 # Flags, and statements that come before the run.
 STATES = {
     "scaler": ("--amp-dtype float16", SCALE),
