@@ -51,6 +51,7 @@ def digits(tmp_path_factory):
         folder.mkdir(parents=True, exist_ok=True)
         image = Image.fromarray((pixels * 15.9).astype(np.uint8)).resize((32, 32), Image.Resampling.BICUBIC)
         image.convert("RGB").save(folder / f"{i}.jpg", quality=95)
+    torch.manual_seed(0)
     torch.save(timm.create_model("resnet18", **key_values(WIDE.split())).state_dict(), root / "hub.pth")
     return root
 
