@@ -51,6 +51,8 @@ def exit_codes(*user_errors: type[Exception]) -> Iterator[None]:
             advice = "use fewer --num_workers, more memory, or a longer --loader-timeout"
             finish(2, "failed", UserError(f"lost a data loading worker: {one_line(error)}: {advice}"))
         if lost_contact(error):
+            if "TORCHELASTIC_RUN_ID" in os.environ:
+                time.sleep(2)  # torchrun names the process that it sees end first, which should be the lost one
             end_after_loss(error)
         run_status.write("failed", rank=rank(), reason=one_line(error))
         end_loader_workers()
