@@ -170,7 +170,7 @@ def add_run_flags(add) -> None:
     add("--device", default="auto", help="cuda, cuda:N or cpu; auto: cuda if there is a GPU")
     kinds = ("auto", "none", "teacher", "both")
     add("--compile", default="auto", choices=kinds, help="models to torch.compile, which takes minutes; auto: none")
-    add("--deterministic", action="store_true", help="deterministic GPU kernels, for exact resumes; slower")
+    add("--deterministic", action="store_true", help="use deterministic GPU kernels, which are slower")
     add("--import", dest="import_module", default="", metavar="MODULE", help="module that registers models with timm")
     add("--seed", type=number(int, 0, 2**62), default=0, help="seed of weights, sample order and augmentation")
     add("--resume", default="", help="checkpoint, URL, or auto: the newest valid one in --output_dir")
