@@ -36,7 +36,11 @@ def exit_codes(*user_errors: type[Exception]) -> Iterator[None]:
     for stream in filter(None, (sys.stdout, sys.stderr)):  # a parent may have closed them
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # for odd file names
     try:
-        yield
+        try:
+            yield
+        except BaseException:
+            ignore_signals()  # torchrun sends one when the first rank ends, perhaps before this one has reported
+            raise
     except (Stopped, KeyboardInterrupt) as stop:
         stop = stop if isinstance(stop, Stopped) else Stopped(signal.SIGINT)
         finish(128 + stop.number, "preempted", stop)
@@ -192,10 +196,15 @@ class StopRequest:
         return self.number
 
 
+def ignore_signals() -> None:
+    """Ignore all stop signals from now on."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def begin_loader_worker(_: int) -> None:
     """Initialize a DataLoader worker: it ends with its parent and ignores signals."""
-    for number in STOP_SIGNALS:  # sent to the whole process group
-        signal.signal(number, signal.SIG_IGN)
+    ignore_signals()  # sent to the whole process group
     _signal_when_parent_ends(signal.SIGKILL)
     if (parent := multiprocessing.parent_process()) and os.getppid() != parent.pid:  # it ended before the call above
         os._exit(1)

@@ -55,6 +55,7 @@ TERMS = ["loss", *losses.TERMS]
 def main(args: Flags) -> dict | None:
     """Train, evaluate or export, as the flags say; return the scores if evaluating."""
     # Set-up
+    began_at = time.time()
     should_stop = faults.StopRequest()
     device = faults.init_distributed(args.device, args.dist_url, args.dist_timeout, args.world_size)
     set_numerics(args.deterministic)
@@ -71,7 +72,7 @@ def main(args: Flags) -> dict | None:
         if args.teacher_path:
             args = complete_teacher(args, stored_args(load_checkpoint(args.teacher_path)))
         models.check_name(args.teacher_model)
-    run_status.begin(folder and folder.folder)
+    run_status.begin(folder and folder.folder, began_at)
     amp_dtype = getattr(torch, args.amp_dtype or ("float16" if device.type == "cuda" else "float32"))
 
     # Data

@@ -312,9 +312,12 @@ class RunStatus:
 
     folder: Path | None = None
 
-    def begin(self, folder: Path | None) -> None:
-        """Start to write to a folder; before that, a refused start leaves the status of the run in it."""
-        self.folder, self.began = folder, time.time()
+    def begin(self, folder: Path | None, began: float) -> None:
+        """Start to write to a folder; before that, a refused start leaves the status of the run in it.
+
+        `began` is the time at which the process began; another rank of the run may have failed since.
+        """
+        self.folder, self.began = folder, began
         self.write("running")
 
     def write(self, status: str, **facts: Any) -> None:

@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import os
 import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -45,10 +47,33 @@ def test_an_error_is_one_line_and_a_code(error, code, line, capsys):
 
 
 def test_a_fault_of_the_program_keeps_its_traceback_and_is_noted(tmp_path):
-    utils.run_status.begin(tmp_path)
+    utils.run_status.begin(tmp_path, time.time())
     with pytest.raises(RuntimeError, match="a fault"), faults.exit_codes():
         raise RuntimeError("a fault")
     assert json.loads((tmp_path / "status.json").read_text())["status"] == "failed"
+
+
+def test_a_signal_cannot_interrupt_the_report_of_an_error(tmp_path, monkeypatch, capsys):
+    """As torchrun's does, which notices the lost rank while another one still waits to report it."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    utils.run_status.begin(tmp_path, time.time())
+    faults.StopRequest()
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(SystemExit) as end, faults.exit_codes():
+        raise RuntimeError("gloo: connection closed")
+    assert end.value.code == 1
+    assert capsys.readouterr().err == "error: lost another process: gloo: connection closed\n"
+    assert json.loads((tmp_path / "status.json").read_text())["status"] == "failed"
+
+
+def test_an_early_failure_of_another_rank_stays_on_record(tmp_path):
+    """Rank 1 may fail before a slow rank 0 writes its first status."""
+    began = time.time() - 60
+    (tmp_path / "status.json").write_text('{"status": "failed", "reason": "the sky fell"}')
+    utils.run_status.begin(tmp_path, began)
+    assert json.loads((tmp_path / "status.json").read_text())["reason"] == "the sky fell"
+    utils.run_status.begin(tmp_path, time.time() + 60)
+    assert json.loads((tmp_path / "status.json").read_text())["status"] == "running"
 
 
 def test_a_refused_start_leaves_the_status_of_the_run_it_ran_into(tmp_path):
