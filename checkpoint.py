@@ -193,7 +193,7 @@ def resumed_step(checkpoint: dict, args: argparse.Namespace) -> int:
         fix = f"--accum-steps {accum}" if not rest else f"--batch-size {old_global // world_size() // args.accum_steps}"
         raise UserError(f"--resume: the global batch was {old_global} images and is {new_global}: give {fix}")
     if (old_batch, processes) != (new_batch, world_size()):
-        log(f"--resume: {processes} processes became {world_size()}; the global batch stays {new_global} images")
+        log(f"--resume: from {processes} to {world_size()} process(es); the global batch stays {new_global} images")
     return checkpoint.get("step", 0) * old_batch // new_batch
 
 

@@ -64,14 +64,13 @@ def exit_codes(*user_errors: type[Exception]) -> Iterator[None]:
     end_loader_workers()
 
 
-def finish(code: int, status: str | None, error: BaseException) -> None:
+def finish(code: int, status: str, error: BaseException) -> None:
     """Print the error, write the status and end the process."""
     sys.unraisablehook = lambda _: None  # a half-built loader complains when deleted
     if rank() == 0 or code < 128:
         with contextlib.suppress(OSError):
             print(error_line(error) if code < 128 else error, file=sys.stderr, flush=True)
-    if status:
-        run_status.write(status, reason=one_line(error))
+    run_status.write(status, reason=one_line(error))
     end_loader_workers()
     leave_distributed(code)
     raise SystemExit(code)
@@ -91,7 +90,7 @@ def lost_contact(error: Exception) -> bool:
 
 def end_after_loss(error: Exception) -> None:
     """End the process because another one did not take part in a collective."""
-    finish(1, "failed" if rank() == 0 else None, UserError(f"lost another process: {one_line(error)}"))
+    finish(1, "failed", UserError(f"lost another process: {one_line(error)}"))
 
 
 def end_loader_workers() -> None:

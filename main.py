@@ -260,7 +260,7 @@ def log_run(args: Flags, state: TrainState, dataset_train, dataset_val, num_epoc
     """Log the size of the run, and warn about defaults that do not suit it."""
     lr, sizes = state.optimizer.param_groups[0]["initial_lr"], (world_size(), args.batch_size, args.accum_steps)
     log(f"{len(dataset_train)} training and {len(dataset_val)} validation images; learning rate {lr:.4g}")
-    log(f"global batch {math.prod(sizes)}: {sizes[0]} processes x {sizes[1]} images x {sizes[2]} accumulated")
+    log(f"global batch {math.prod(sizes)}: processes {sizes[0]} x batch size {sizes[1]} x accumulated {sizes[2]}")
     log(f"{args.model}: {num_parameters(state.model)} parameters; epochs {state.epoch} to {num_epochs - 1}")
     if args.min_lr > lr and args.sched not in ("step", "multistep", "constant"):
         log(f"warning: --min-lr {args.min_lr:g} is above the learning rate: lower it, or raise --lr")

@@ -321,12 +321,12 @@ class RunStatus:
         self.write("running")
 
     def write(self, status: str, **facts: Any) -> None:
-        """Write the status on rank 0, or on the rank that failed. The first failure stays, as it causes the others."""
+        """Write the status on rank 0, or on the rank that failed. The first end stays, as it causes the others."""
         if self.folder is None or (rank() != 0 and status != "failed"):
             return
         path = self.folder / "status.json"
         with contextlib.suppress(OSError):
-            if '"status": "failed"' in path.read_text() and path.stat().st_mtime >= self.began:
+            if '"status": "running"' not in path.read_text() and path.stat().st_mtime >= self.began:
                 return
         facts = {"status": status, **facts, "pid": os.getpid(), "host": socket.gethostname()}
         text = json.dumps(facts | {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}).encode()

@@ -202,7 +202,7 @@ def test_changed_length_and_rate_take_effect_and_are_logged(again, folder, tmp_p
 
 def test_other_processes_continue_at_the_same_image(again, folder):
     ranks = again(0, "--resume", "auto", "--batch-size", 8, ranks=2)
-    assert "--resume: 1 processes became 2; the global batch stays 16 images" in ranks[0].text
+    assert "--resume: from 1 to 2 process(es); the global batch stays 16 images" in ranks[0].text
     assert "[3/4]" not in ranks[0].text  # 2 of 4 steps were done
     assert "[4/4]" in ranks[0].text
     assert epochs(folder) == [0, 1]
