@@ -39,13 +39,18 @@ def as_text(value) -> str:
     return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
+def data_set(known: dict) -> str:
+    """Return the name of a run's data set; IMNET stands for any folder, so it is the folder's name."""
+    return known["data_path"] if known["data_set"] == "IMNET" and known["data_path"] else known["data_set"]
+
+
 def make_row(runs: list[Run], teachers: dict[Path, float]) -> dict:
     """Return the row of runs that differ only in their seed; `teachers` maps checkpoints to top-1."""
     run, names, entry = runs[0], [r.name for r in runs], runs[0].entry or {}
     known, seeds = run.settings, [r.args["seed"] for r in runs if r.args]
     row = {
         "run": os.path.commonprefix(names) + "*" * (len(names) > 1),  # noqa: RUF071 a prefix of characters
-        "data_set": known.get("data_set", "IMNET" if entry else None),
+        "data_set": data_set(known) if known else "IMNET" if entry else None,
         "student": " ".join([known["model"], *known["model_kwargs"]]) if known else entry.get("student"),
         "teacher": " ".join([known["teacher_model"], *known["teacher_kwargs"]]) if "teacher_model" in known else None,
         "teacher_top1": teachers.get(Path(known["teacher_path"]).resolve()) if known.get("teacher_path") else None,
