@@ -203,7 +203,7 @@ def draw_training(table: list) -> Figure:
     one_student = len({row["student"] for row, _ in table}) == 1 and table[0][0]["student"]
     for i, (row, runs) in enumerate(table):
         style: Any = {"color": COLORS[i % len(COLORS)], "ls": STYLES[i // len(COLORS) % len(STYLES)], "lw": 1.3}
-        label = row["method"] if one_student else f"{row['run']}: {row['method']}"
+        label = row["method"] if one_student else f"{text(row['student']).partition(' ')[0]}: {row['method']}"
         label = ", ".join([label, *(f"{name} {text(x)}" for name, x in row["varied"].items() if x not in (None, []))])
         for j, run in enumerate(runs):
             for name, axis in axes.items():
@@ -230,21 +230,24 @@ def text(value) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
 
 
-def draw_sweep(rows: list[dict]) -> Figure:
-    """Draw the best top-1 over the first varied flag, with the deviation over seeds; a line per method and setting.
+def draw_sweep(table: list) -> Figure:
+    """Draw the best top-1 of (row, runs) pairs over the first varied flag, with the deviation over seeds.
 
-    Rows to which the flag does not apply are horizontal lines.
+    There is a line per method and setting; rows to which the flag does not apply are horizontal lines. If the flag's
+    values are not numbers, `draw_rows` draws the pairs.
     """
+    (flag, *_), lines = table[0][0]["varied"], {}
+    if not all(isinstance(row["varied"][flag], (int, float, type(None))) for row, _ in table):
+        return draw_rows(table)
     figure = Figure(figsize=(6, 4.2), dpi=200, layout="constrained")
-    axis, lines = figure.subplots(), {}
-    for row in rows:
-        varied = {name: value if type(value) in (int, float) else text(value) for name, value in row["varied"].items()}
-        (flag, x), *others = varied.items()
-        label = ", ".join([row["method"].partition(" (")[0], *(f"{name} {y}" for name, y in others if y != "")])
-        lines.setdefault(label, []).append((x, row["best"], row["best_std"] or 0))
+    axis = figure.subplots()
+    for row, _ in table:
+        _, *others = row["varied"].items()
+        label = ", ".join([row["method"].partition(" (")[0], *(f"{name} {text(y)}" for name, y in others if text(y))])
+        lines.setdefault(label, []).append((row["varied"][flag], row["best"], row["best_std"] or 0))
     for i, (label, points) in enumerate(lines.items()):
         style: Any = {"color": COLORS[i % len(COLORS)], "label": label}
-        if points[0][0] == "":
+        if points[0][0] is None:
             axis.axhline(points[0][1], ls="--", **style)
         else:
             axis.errorbar(*zip(*points, strict=True), marker=MARKERS[i % len(MARKERS)], capsize=2, **style)
@@ -252,4 +255,21 @@ def draw_sweep(rows: list[dict]) -> Figure:
     axis.grid(color="0.9")
     axis.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def draw_rows(table: list) -> Figure:
+    """Draw the best top-1 of each run as a dot, and the mean of each row with its standard error."""
+    figure = Figure(figsize=(PAGE_WIDTH, 0.9 + 0.28 * len(table)), dpi=200, layout="constrained")
+    axis = figure.subplots()
+    for y, (row, runs) in enumerate(table):
+        axis.plot([run.top1["best"] for run in runs], [y] * len(runs), "o", ms=4, mfc="none", color="0.6")
+        error = (row["best_std"] or 0) / math.sqrt(len(runs))
+        axis.errorbar(row["best"], y, xerr=error, fmt="o", ms=4, capsize=3, color=COLORS[0])
+    varied = [", ".join([*filter(None, map(text, row["varied"].values())), row["method"]]) for row, _ in table]
+    axis.set_yticks(range(len(table)), varied)
+    axis.invert_yaxis()
+    figure.supxlabel("best top-1 on the validation set, %; mean ± standard error over seeds", fontsize="medium")
+    axis.grid(axis="x", color="0.9")
+    axis.spines[["top", "right"]].set_visible(False)
     return figure

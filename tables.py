@@ -243,7 +243,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--published", action="store_true", help="print all published results next to these runs")
     help_text = "flags to show and sort by, such as those of a sweep; default: those that tell rows apart"
     parser.add_argument("--vary", type=varied_flags, default=[], metavar="FLAG,...", help=help_text)
-    help_text = "also draw the training curves, or with --vary the best top-1 over the first flag"
+    help_text = "also draw the training curves, or with --vary the best top-1 by the first flag"
     parser.add_argument("--plot", metavar="FILE.png", help=help_text)
     return parser
 
@@ -266,7 +266,8 @@ def main(argv: list[str] | None = None) -> int:
         import plots  # matplotlib is slow to import
 
         try:
-            figure = plots.draw_sweep([row for row, _ in table]) if args.vary else plots.draw_training(table)
+            done = [(row, runs) for row, runs in table if row["done"] is not False]
+            figure = plots.draw_sweep(done) if args.vary and done else plots.draw_training(table)
             figure.savefig(args.plot)
         except (OSError, ValueError) as error:
             warn(f"error: --plot {args.plot}: {getattr(error, 'strerror', None) or error}")

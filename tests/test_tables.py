@@ -175,15 +175,22 @@ def test_what_cannot_change_the_result_cannot_be_varied(name, sweep, capsys):
     assert f"flags of main.py that change the result, got {name}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("varied", [["w_fft", "s_id"], ["s_id", "w_fft"]])
-def test_a_sweep_is_drawn_over_its_first_flag(varied, sweep):
-    rows = [row for row, _ in tables.tabulate(runs.read_runs([str(sweep)]), varied)]
-    axis = plots.draw_sweep(rows).axes[0]
+def test_a_sweep_of_numbers_is_drawn_as_lines(sweep):
+    axis = plots.draw_sweep(tables.tabulate(runs.read_runs([str(sweep)]), ["w_fft", "s_id"])).axes[0]
     drawn = {bars.get_label(): [*zip(*bars[0].get_data(), strict=True)] for bars in axis.containers}
-    by_weight = {"SpectralKD, s-id 0 11": [(0.05, 62.5), (10, 61.5)]}
-    by_ids = {"SpectralKD, w-fft 0.05": [("0 11", 62.5)], "SpectralKD, w-fft 10.0": [("0 11", 61.5)]}
-    assert drawn == (by_weight if varied[0] == "w_fft" else by_ids)
+    assert drawn == {"SpectralKD, s-id 0 11": [(0.05, 62.5), (10, 61.5)]}
     assert [*axis.lines[0].get_ydata()] == [50, 50]  # the control, for any value
+
+
+def test_any_other_sweep_is_drawn_as_rows(sweep):
+    table = tables.tabulate(runs.read_runs([str(sweep)]), ["s_id", "w_fft"])
+    axis = plots.draw_sweep(table).axes[0]
+    labels = [label.get_text() for label in axis.get_yticklabels()]
+    assert labels == ["no teacher", "0 11, 0.05, SpectralKD (2 pairs)", "0 11, 10.0, SpectralKD (2 pairs)"]
+    means = [(bars[0].get_xdata()[0], bars[0].get_ydata()[0]) for bars in axis.containers]
+    assert means == [(50, 0), (62.5, 1), (61.5, 2)]
+    left, right = axis.containers[1][2][0].get_segments()[0][:, 0]
+    assert right - left == pytest.approx(2 * 0.5)  # two seeds, 62 and 63
 
 
 # Output
