@@ -271,8 +271,6 @@ def check_modes(args: argparse.Namespace) -> None:
         raise UserError("--resume sets the weights: leave out --finetune and --pretrained")
     if args.resume == "auto" and not args.output_dir:
         raise UserError("--resume auto needs --output_dir: give the folder of the run")
-    if args.resume == "auto" and args.start_epoch is not None:
-        raise UserError("--start_epoch with --resume auto would start there every time: give the file to resume")
     if args.real_labels and not args.eval:
         raise UserError("--real-labels needs --eval: it has no effect on training")
     if args.eval_ema and not args.eval and not args.model_ema:
@@ -297,10 +295,8 @@ def check_data_path(args: argparse.Namespace) -> None:
     """Check that the folder of the data set exists, if it needs one."""
     if args.data_set == "GRATINGS" or args.export:
         return
-    if not args.data_path:
-        raise UserError(f"--data-set {args.data_set} needs --data-path, the folder of its images")
-    if not Path(args.data_path).is_dir():
-        raise UserError(f"--data-path {args.data_path} is not a folder: give the folder of the data set")
+    if not (args.data_path and Path(args.data_path).is_dir()):
+        raise UserError(f"--data-set {args.data_set} needs --data-path, the folder of its images, not {args.data_path}")
 
 
 DISTILLATION_FLAGS = ("distillation_alpha", "distillation_tau", "teacher_model", "teacher_path", "teacher_kwargs")

@@ -62,9 +62,9 @@ WIRING = {"main", "builders", "scoring", "checkpoint"}
 READS_ARGS = WIRING | {"flags", "analyze", "verify", "tables", "runs", "demo"}  # with command lines of their own
 MODULES = {path.stem: ast.parse(path.read_text()) for path in ROOT.glob("*.py")}
 DOCUMENTS = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
-# Of torchrun, docker, tensorboard, tables.py and recipes/sweep.py.
+# Of torchrun, docker, tensorboard, tables.py, recipes/sweep.py and DeiT.
 FLAGS_OF_OTHERS = {"--nproc_per_node", "--max-restarts", "--shm-size", "--full", "--ipc", "--logdir"}
-FLAGS_OF_OTHERS |= {"--published", "--plot", "--vary", "--run"}
+FLAGS_OF_OTHERS |= {"--published", "--plot", "--vary", "--run", "--cosub", "--resplit"}
 
 
 def imports(tree):
