@@ -151,9 +151,8 @@ def test_cifar_reads_the_files_of_its_authors(tmp_path, monkeypatch):
     """Folders of one image; torchvision does not check their sums."""
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
     monkeypatch.setattr(CIFAR100, "train_list", [["train", ""]])
-    files = {
-        name: {"data": np.zeros((1, 3072), np.uint8), "fine_labels": [i]} for i, name in enumerate(("train", "test"))
-    }
+    one = {"data": np.zeros((1, 3072), np.uint8)}
+    files = {"train": one | {"fine_labels": [0]}, "test": one | {"fine_labels": [1]}}
     files["meta"] = {"fine_label_names": [f"class{i}" for i in range(100)]}
     (tmp_path / CIFAR100.base_folder).mkdir()
     for name, content in files.items():
@@ -168,17 +167,11 @@ def inat(tmp_path, request):
     name, year = request.param
     categories = [{"id": i, "name": f"species{i}", "family": f"family{i // 2}", "genus": i} for i in range(4)]
     (tmp_path / "categories.json").write_text(json.dumps(categories))
+    jpeg_folder(tmp_path, ["0", "2", "3"], [f"train_val{year}"])
     for split, species in (("train", [3, 0, 3, 2]), ("val", [2, 3, 0])):
-        files = [f"train_val{year}/Animals/{category}/{split}{i}.jpg" for i, category in enumerate(species)]
-        listing = {
-            "images": [{"id": i, "file_name": file} for i, file in enumerate(files)],
-            "annotations": [{"image_id": i, "category_id": category} for i, category in enumerate(species)],
-        }
+        images = [{"file_name": f"train_val{year}/Animals/{category}/{i}.jpg"} for i, category in enumerate(species)]
+        listing = {"images": images, "annotations": [{"category_id": category} for category in species]}
         (tmp_path / f"{split}{year}.json").write_text(json.dumps(listing))
-        for file in files:
-            path = tmp_path / file.replace("Animals/", "")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (50, 40)).save(path)
     return name, tmp_path, year
 
 
@@ -195,7 +188,7 @@ def test_inat_finds_images_where_file_name_says(inat):
     name, path, year = inat
     (path / f"train_val{year}" / "Animals").mkdir()
     (path / f"train_val{year}" / "3").rename(path / f"train_val{year}" / "Animals" / "3")
-    assert build_dataset(name, "train", path, transform=lambda image: image.size)[0] == ((50, 40), 0)
+    assert build_dataset(name, "train", path, transform=lambda image: image.size)[0] == ((40, 30), 0)
 
 
 def test_inat_names_the_levels_that_exist(inat):
@@ -244,20 +237,17 @@ def test_deep_images_are_scaled_and_not_clipped(tmp_path, pixels, mode):
     assert_same_pixels(loaded, np.arange(256).reshape(16, 16, 1).repeat(3, axis=2))
 
 
-def test_a_constant_deep_image_is_not_divided_by_zero(tmp_path):
-    Image.fromarray(np.full((2, 2), -3, dtype=np.float32)).save(tmp_path / "image.tif")
-    assert np.asarray(datasets.LastImage()(tmp_path / "image.tif")).max() == 0
-
-
 def test_a_damaged_file_is_named_every_time(tmp_path):
     picture(0).save(tmp_path / "good.jpg")
     (tmp_path / "bad.jpg").write_bytes((tmp_path / "good.jpg").read_bytes()[:300])
     Image.fromarray(np.array([[0, np.nan]], dtype=np.float32)).save(tmp_path / "nan.tif")
+    Image.fromarray(np.full((2, 2), -3, dtype=np.float32)).save(tmp_path / "constant.tif")
     load = datasets.LastImage()
     for name in ("bad.jpg", "bad.jpg", "nan.tif"):  # the second time must not find half an image
         with pytest.raises(BadImageError, match=rf"cannot read image .*{name}"):
             load(tmp_path / name)
     assert load(tmp_path / "good.jpg").size == (50, 40)
+    assert load(tmp_path / "constant.tif").getextrema() == ((0, 0),) * 3  # and no division by zero
 
 
 # Transforms
@@ -391,8 +381,7 @@ def test_samples_depend_on_their_seed_and_not_on_the_workers():
 
 @pytest.mark.parametrize(("drop_last", "sizes"), [(True, [4, 4]), (False, [4, 4, 2])])
 def test_the_last_batch_is_dropped_where_asked(drop_last, sizes):
-    keys = [(i, i) for i in range(10)]
-    loader = build_loader(SeededDataset(RandomImages()), keys, 4, 0, drop_last=drop_last)
+    loader = build_loader(RandomImages(), range(10), 4, 0, drop_last=drop_last)
     assert [len(batch) for _, batch in loader] == sizes
 
 
@@ -407,12 +396,8 @@ def test_the_next_readable_sample_replaces_a_damaged_one(capsys):
     assert capsys.readouterr().out == ""
     with pytest.raises(BadImageError, match=r"7\.jpg"):
         images[7, 0]
-
-
-@pytest.mark.parametrize(("bad", "allowed"), [({2}, 0), (set(range(12)), 99)])
-def test_too_many_damaged_files_are_an_error(bad, allowed):
-    with pytest.raises(BadImageError):
-        SeededDataset(RandomImages(bad), bad_images=allowed)[2, 0]
+    with pytest.raises(BadImageError):  # not in search of a readable one forever
+        SeededDataset(RandomImages(range(12)), bad_images=99)[0, 0]
 
 
 def test_a_sample_of_the_files_is_checked(tmp_path):
@@ -420,9 +405,8 @@ def test_a_sample_of_the_files_is_checked(tmp_path):
     images = build_dataset("IMNET", "val", tmp_path, transform=lambda _: pytest.fail("only decoding is needed"))
     (tmp_path / "val/bee/0.jpg").write_text("no image")
     datasets.check_images(images, num=1)
-    for num in (2, 5, 100):
-        with pytest.raises(BadImageError, match=r"cannot read image .*bee/0\.jpg"):
-            datasets.check_images(images, num)
+    with pytest.raises(BadImageError, match=r"cannot read image .*bee/0\.jpg"):
+        datasets.check_images(images, num=2)
     datasets.check_images(Gratings("val", 1))
 
 
