@@ -21,67 +21,28 @@ STEP = "--epochs 3 --warmup-epochs 1 --sched step --decay-epochs 1"
 # Flags for which other flags matter.
 BUSY = f"{STEP} --opt sgd --drop 0.5 --aa none --reprob 1 --mixup 0.8 --cutmix 1.0 --lr-noise 0.0 1.0 --smoothing 0"
 
-TRAINING = [
-    "--batch-size 16",
-    "--epochs 3",
-    SIZE_64,
-    "--no-repeated-aug",
-    "--seed 1",
-    "--model-kwargs img_size=32 patch_size=8 embed_dim=24 depth=4 num_heads=6",
-    "--drop 0.5",
-    "--drop-path 0.5",
-    "--attn-only",
-    "--accum-steps 2",
-    "--amp-dtype bfloat16",
-    "--smoothing 0.3",
-    "--opt sgd",
-    "--opt-eps 0.1",
-    "--opt-betas 0.5 0.9",
-    "--weight-decay 0.5",
-    "--lr 0.1",
-    "--unscale-lr",
-    "--warmup-epochs 1",
-    "--cooldown-epochs 1",
-    "--aa none",
-    "--ThreeAugment",
-    "--src",
-    "--reprob 0",
-    "--mixup 0.8",
-    "--cutmix 1.0",
-    "--cutmix-minmax 0.2 0.8",
-    "--num-classes 30",
-]
-BESIDE_OTHERS = [
-    "--no-train-mode",
-    "--bce-loss",
-    "--momentum 0.1",
-    "--clip-grad 0.001",
-    "--sched cosine",
-    "--decay-epochs 2",
-    "--decay-rate 0.5",
-    "--warmup-lr 0.001",
-    "--lr-noise 0.5",
-    "--lr-noise-pct 0.1",
-    "--color-jitter 0",
-    "--remode const",
-    "--recount 4",
-    "--mixup-prob 0.5",
-    "--mixup-switch-prob 1.0",
-    "--mixup-mode elem",
-]
-DISTILLING = [
-    "--distillation-type hard",
-    "--distillation-type fft",
-    "--distillation-alpha 0.1",
-    "--distillation-beta 3",
-    "--distillation-tau 3",
-    "--w-fft 2",
-    "--s-id 3 1 0",
-    "--t-id 5 1 0",
-    *(f"--feature-loss {name}" for name in FEATURE_LOSSES if name != "spectral"),
-    "--spectral-impl fft",  # by rounding
-]
+TRAINING = f"""
+    {SIZE_64}, --batch-size 16, --no-repeated-aug, --src, --aa none, --ThreeAugment, --reprob 0, --mixup 0.8,
+    --cutmix 1.0, --cutmix-minmax 0.2 0.8, --seed 1, --epochs 3, --accum-steps 2, --num-classes 30, --drop 0.5, --drop-path 0.5,
+    --model-kwargs img_size=32 patch_size=8 embed_dim=24 depth=4 num_heads=6, --attn-only, --amp-dtype bfloat16,
+    --smoothing 0.3, --opt sgd, --opt-eps 0.1, --opt-betas 0.5 0.9, --weight-decay 0.5, --lr 0.1, --unscale-lr,
+    --warmup-epochs 1, --cooldown-epochs 1
+"""
+BESIDE_OTHERS = """
+    --no-train-mode, --bce-loss, --momentum 0.1, --clip-grad 0.001, --sched cosine, --decay-epochs 2, --decay-rate 0.5,
+    --warmup-lr 0.001, --lr-noise 0.5, --lr-noise-pct 0.1, --color-jitter 0, --remode const, --recount 4,
+    --mixup-prob 0.5, --mixup-switch-prob 1.0, --mixup-mode elem
+"""
+DISTILLING = """
+    --distillation-type hard, --distillation-type fft, --distillation-alpha 0.1, --distillation-beta 3,
+    --distillation-tau 3, --w-fft 2, --s-id 3 1 0, --t-id 5 1 0, --spectral-impl fft
+"""  # the last one by rounding
+LOSSES = [f"--feature-loss {name}" for name in FEATURE_LOSSES if name != "spectral"]
 MACHINERY = ["--num_workers 2 --loader-timeout 60", "--eval-ema", "--save-every 1 --no-dist-eval"]
+
+
+def rows(text):
+    return [row.strip() for row in text.split(",")]
 
 
 def train(folder, *flags):
@@ -101,7 +62,7 @@ def base(tmp_path_factory):
     return functools.cache(lambda *common: train(tmp_path_factory.mktemp("base"), *common))
 
 
-CASES = [(flags, "") for flags in TRAINING] + [(flags, BUSY) for flags in BESIDE_OTHERS]
+CASES = [(flags, "") for flags in rows(TRAINING)] + [(flags, BUSY) for flags in rows(BESIDE_OTHERS)]
 CASES += [("--train-interpolation bilinear", SIZE_64), ("--min-lr 0.001", "--epochs 3")]
 
 
@@ -111,7 +72,7 @@ def test_a_training_flag_changes_the_weights(flags, common, base, tmp_path):
     assert differ(train(tmp_path, *common, *flags.split())["model"], base(*common)["model"])
 
 
-@pytest.mark.parametrize("flags", DISTILLING)
+@pytest.mark.parametrize("flags", [*rows(DISTILLING), *LOSSES])
 def test_a_distillation_flag_changes_the_weights(flags, base, tmp_path, teacher_file):
     common = distil(teacher_file)
     assert differ(train(tmp_path, *common, *flags.split())["model"], base(*common)["model"])
@@ -125,8 +86,7 @@ def test_a_flag_of_the_machinery_keeps_the_weights(flags, base, tmp_path):
 
 @pytest.mark.skipif(timm.__version__ == "1.0.11", reason="this timm does not read it")
 def test_the_deviation_of_the_noise_changes_the_weights(base, tmp_path):
-    common = BUSY.split()
-    assert differ(train(tmp_path, *common, "--lr-noise-std", "0.1")["model"], base(*common)["model"])
+    test_a_training_flag_changes_the_weights("--lr-noise-std 0.1", BUSY, base, tmp_path)
 
 
 def test_the_ema_follows_its_flags(base, tmp_path):
