@@ -23,10 +23,10 @@ BUSY = f"{STEP} --opt sgd --drop 0.5 --aa none --reprob 1 --mixup 0.8 --cutmix 1
 
 TRAINING = f"""
     {SIZE_64}, --batch-size 16, --no-repeated-aug, --src, --aa none, --ThreeAugment, --reprob 0, --mixup 0.8,
-    --cutmix 1.0, --cutmix-minmax 0.2 0.8, --seed 1, --epochs 3, --accum-steps 2, --num-classes 30, --drop 0.5, --drop-path 0.5,
-    --model-kwargs img_size=32 patch_size=8 embed_dim=24 depth=4 num_heads=6, --attn-only, --amp-dtype bfloat16,
-    --smoothing 0.3, --opt sgd, --opt-eps 0.1, --opt-betas 0.5 0.9, --weight-decay 0.5, --lr 0.1, --unscale-lr,
-    --warmup-epochs 1, --cooldown-epochs 1
+    --cutmix 1.0, --cutmix-minmax 0.2 0.8, --seed 1, --epochs 3, --accum-steps 2, --num-classes 30, --drop 0.5,
+    --drop-path 0.5, --model-kwargs img_size=32 patch_size=8 embed_dim=24 depth=4 num_heads=6, --attn-only,
+    --amp-dtype bfloat16, --smoothing 0.3, --opt sgd, --opt-eps 0.1, --opt-betas 0.5 0.9, --weight-decay 0.5, --lr 0.1,
+    --unscale-lr, --warmup-epochs 1, --cooldown-epochs 1
 """
 BESIDE_OTHERS = """
     --no-train-mode, --bce-loss, --momentum 0.1, --clip-grad 0.001, --sched cosine, --decay-epochs 2, --decay-rate 0.5,
