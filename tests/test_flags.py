@@ -47,7 +47,7 @@ def rows(text):
 
 def train(folder, *flags):
     """Return the checkpoint of a run."""
-    with mock.patch("os.fsync"):  # half of the time
+    with mock.patch("os.fsync"):  # a quarter of the time
         main.main(parse_args(tiny_run(*BASE, "--output_dir", folder, *flags)))
     return torch.load(folder / "checkpoint.pth", weights_only=True)
 
