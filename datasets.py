@@ -30,7 +30,6 @@ from gratings import GRATINGS_SIZES, Gratings
 from loaders import build_loader as build_loader
 from utils import log
 
-INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 SMALL_IMAGE = 32  # up to this size, DeiT crops the whole image with a border of 4 pixels
 
 
@@ -57,8 +56,7 @@ def build_dataset(
     """
     if name == "GRATINGS":
         return Gratings(split, num_images or GRATINGS_SIZES[split], transform=transform)
-    if not (root := Path(path)).is_dir():
-        raise FileNotFoundError(f"--data-path {path} is not a folder")
+    root = Path(path)
     if name == "CIFAR":
         try:
             return CIFAR100(root, train=split == "train", transform=transform)
@@ -127,29 +125,23 @@ class ClassFolders(ImageFolder):
     """
 
     def __init__(self, root: Path, transform: Callable | None = None):
-        names = {}
-        for path in sorted(path for path in root.iterdir() if path.is_dir()):
-            name = unicodedata.normalize("NFC", path.name)
-            if name in names:
-                raise ValueError(f"{root} has two folders of one class: {names[name].name!a}, {path.name!a}")
-            names[name] = path
-        hidden = [name for name in names if name.startswith(".")]
-        if hidden:
+        folders = sorted((unicodedata.normalize("NFC", path.name), path) for path in root.iterdir() if path.is_dir())
+        if hidden := [name for name, _ in folders if name.startswith(".")]:
             log(f"{root}: skipping hidden folders: {_first(hidden)}")
-        self.classes = [name for name in sorted(names) if name not in hidden]
-        if not self.classes:
+            folders = [pair for pair in folders if pair[0] not in hidden]
+        if not folders:
             raise ValueError(
                 f"{root} has no class folders: sort its images into one folder per class, as in train/ "
                 "(torchvision.datasets.ImageNet does it for the official ImageNet archives)"
             )
-        if all(name.isdecimal() for name in self.classes):
-            self.classes.sort(key=int)
-        self.samples = [(path, i) for i, name in enumerate(self.classes) for path in _image_files(names[name])]
-        empty = set(range(len(self.classes))) - {label for _, label in self.samples}
-        if empty:
-            raise ValueError(f"{root} has classes without images: {_first([self.classes[i] for i in sorted(empty)])}")
+        if all(name.isdecimal() for name, _ in folders):
+            folders.sort(key=lambda pair: int(pair[0]))
+        self.classes = [name for name, _ in folders]
+        self.samples = [(path, i) for i, (_, folder) in enumerate(folders) for path in _image_files(folder)]
         self.targets = [label for _, label in self.samples]
-        self.root, self.transform, self.target_transform, self.loader = root, transform, None, LastImage()
+        if empty := set(range(len(folders))).difference(self.targets):
+            raise ValueError(f"{root} has classes without images: {_first([self.classes[i] for i in sorted(empty)])}")
+        self.transform, self.target_transform, self.loader = transform, None, LastImage()
 
 
 def _image_files(root):
@@ -217,18 +209,17 @@ class INaturalist(ImageFolder):
     """
 
     def __init__(self, root: Path, split: str, year: int, category: str, transform: Callable | None = None):
-        categories = _read_json(root / "categories.json")
+        categories, train, images = (
+            json.loads((root / name).read_text(encoding="utf-8"))
+            for name in ("categories.json", f"train{year}.json", f"{split}{year}.json")
+        )
         if not all(category in c for c in categories):
-            levels = [level for level in INAT_CATEGORIES if all(level in c for c in categories)]
-            raise ValueError(
-                f"--inat-category {category} is not in {root / 'categories.json'}: choose from {', '.join(levels)}"
-            )
+            known = ", ".join(categories[0])
+            raise ValueError(f"--inat-category {category} is not in {root / 'categories.json'}: choose from {known}")
         level_of = {int(c.get("id", i)): c[category] for i, c in enumerate(categories)}
-        train = _read_json(root / f"train{year}.json")
         order = dict.fromkeys(level_of[int(a["category_id"])] for a in train["annotations"])
         self.classes = [str(level) for level in order]
         number = {level: i for i, level in enumerate(order)}
-        images = train if split == "train" else _read_json(root / f"{split}{year}.json")
         self.samples = []
         for image in images["images"]:
             folder, *_, category_id, file = image["file_name"].split("/")
@@ -236,15 +227,6 @@ class INaturalist(ImageFolder):
             path = deit if deit.exists() else root / image["file_name"]
             self.samples.append((str(path), number[level_of[int(category_id)]]))
         self.transform, self.target_transform, self.loader = transform, None, LastImage()
-
-
-def _read_json(path):
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: INAT needs categories.json, train<year>.json, val<year>.json")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
 
 
 def train_transform(
@@ -277,8 +259,8 @@ def train_transform(
     )
     small = input_size <= SMALL_IMAGE and not three_augment  # as for CIFAR in DeiT: a crop of the whole image
     if small or simple_crop:
-        resize = BoundedResize(input_size, str_to_interp_mode(interpolation), center=False)
-        crop = transforms.RandomCrop(input_size, padding=4, padding_mode="constant" if small else "reflect")
+        resize = transforms.Resize(input_size, str_to_interp_mode(interpolation))
+        crop = transforms.RandomCrop(input_size, padding=4, padding_mode="reflect" if simple_crop else "constant")
         transform.transforms[0] = transforms.Compose([resize, crop])
     return transform
 
@@ -286,8 +268,8 @@ def train_transform(
 def eval_transform(input_size: int, crop_ratio: float = 0.875, interpolation: str = "bicubic") -> transforms.Compose:
     """Build DeiT's evaluation transform: resize the shorter side to input_size / crop_ratio, center crop, uint8."""
     size = int(input_size / crop_ratio) if input_size > SMALL_IMAGE else input_size
-    resize = BoundedResize(size, str_to_interp_mode(interpolation), center=True)
-    return transforms.Compose([resize, transforms.CenterCrop(input_size), MaybePILToTensor()])
+    resize = transforms.Resize(size, str_to_interp_mode(interpolation))
+    return transforms.Compose([crop_panorama, resize, transforms.CenterCrop(input_size), MaybePILToTensor()])
 
 
 def own_eval_transform(model: nn.Module, input_size: int | None = None) -> transforms.Compose:
@@ -296,36 +278,18 @@ def own_eval_transform(model: nn.Module, input_size: int | None = None) -> trans
     return eval_transform(input_size or config["input_size"][-1], config["crop_pct"], config["interpolation"])
 
 
-class BoundedResize(transforms.Resize):
-    """Resize the shorter side; of an image that would become huge, keep only a part of the longer side.
+def crop_panorama(image: Image.Image) -> Image.Image:
+    """Return the middle of an image that is more than 256 times as long as wide, or the image.
 
-    Resized to a height of 256, a panorama of 2 x 20,000 pixels would take 2 GB. With `center`, the center is kept, so
-    that center crops do not change; otherwise a random part.
+    Resized to a height of 256, a panorama of 2 x 20,000 pixels would take 2 GB. As many squares are cut from both ends,
+    the center crop of the resized image stays the same.
     """
-
-    LIMIT = 2**24  # pixels of the resized image
-    KEEP = 16  # longer side of the part over the shorter side
-
-    def __init__(self, size: int, interpolation: transforms.InterpolationMode, center: bool):
-        super().__init__(size, interpolation)
-        self.center = center
-
-    def forward(self, image: Image.Image) -> Image.Image:
-        short, long = sorted(image.size)
-        resized = int(self.size * long / short)
-        if self.size * resized <= self.LIMIT:
-            return super().forward(image)
-        length = self.KEEP * self.size
-        length += (resized - length) % 4  # so that CenterCrop rounds as for the whole image
-        start = (resized - length) // 2 if self.center else int(torch.randint(resized - length + 1, ()))
-        first, last = start * long / resized, (start + length) * long / resized
-        offset = max(0, int(first) - 4 - 4 * long // resized)  # before what the filter reads
-        box, size, origin = (first - offset, 0, last - offset, short), (length, self.size), (offset, 0)
-        end = (min(long, int(last) + 5 + 4 * long // resized), short)
-        if image.height == long:
-            box, size, origin, end = (box[1], box[0], box[3], box[2]), size[::-1], origin[::-1], end[::-1]
-        part = image.crop(origin + end)  # because PIL keeps only 32 bits per side of the box
-        return part.resize(size, Image.Resampling[self.interpolation.name], box)
+    width, height = image.size
+    short, long = sorted(image.size)
+    cut = max(0, long // short - 254) // 2 * short
+    if cut == 0:
+        return image
+    return image.crop((cut, 0, width - cut, height) if width == long else (0, cut, width, height - cut))
 
 
 class Prepare(nn.Module):
@@ -363,13 +327,13 @@ def check_images(dataset: Any, num: int = 32) -> None:
 class SeededDataset(Dataset):
     """Seed Python's, NumPy's and torch's CPU generators for each sample; keys are (index, seed) of a SeededSampler.
 
-    Up to `bad_images` unreadable files (at most 65,536), over all workers of this process, are replaced by the next
-    readable sample. One more raises a BadImageError.
+    Up to `bad_images` unreadable files, over all workers of this process, are replaced by the next readable sample. One
+    more raises a BadImageError.
     """
 
     def __init__(self, dataset: Dataset, bad_images: int = 0):
         self.dataset = dataset
-        allowed = min(bad_images, len(dataset) - 1, 2**16)  # leave a sample as replacement
+        allowed = min(bad_images, len(dataset) - 1)  # leave a sample as replacement
         self.bad = Array("q", [-1] * allowed)  # indices of unreadable files, shared by the workers
 
     def __len__(self) -> int:

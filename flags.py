@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from parsing import KeyValues, Parser, number, stored_kwargs
 from parsing import key_values as key_values  # for callers of this module
@@ -39,11 +40,13 @@ POSITIVE = number(float, 0, ends=False)
 COUNT = number(int, 0)
 AT_LEAST_ONE = number(int, 1)
 ON_OFF = argparse.BooleanOptionalAction
-NOT_SUPPORTED = {
-    "--cosub": "--cosub is not supported: it trains two sub-models against each other, without a teacher",
-    "--resplit": "--resplit is not supported: the loader makes no augmentation splits",
-    "--local-rank": "--local-rank comes from torch.distributed.launch: start with python -m torch.distributed.run",
-}
+
+
+def from_old_launcher(text: str) -> NoReturn:
+    """Refuse --local-rank."""
+    raise argparse.ArgumentTypeError(
+        "it comes from torch.distributed.launch: start with python -m torch.distributed.run"
+    )
 
 
 def get_args_parser() -> Parser:
@@ -54,10 +57,7 @@ def get_args_parser() -> Parser:
     add_teacher_flags(parser.add_argument_group("teacher and distillation").add_argument)
     add_optimization_flags(parser.add_argument_group("optimization").add_argument)
     add_augmentation_flags(parser.add_argument_group("augmentation").add_argument)
-    add_run_flags(parser.add_argument_group("run").add_argument)
-    for flag in NOT_SUPPORTED:
-        names = {flag, flag.replace("-", "_").replace("__", "--")}
-        parser.add_argument(*names, nargs="?", const=True, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    add_run_flags(parser.add_argument_group("run"))
     return parser
 
 
@@ -65,8 +65,8 @@ def add_data_flags(add) -> None:
     add("--data-set", default="IMNET", choices=DATA_SETS, help="IMNET: any folder of images; GRATINGS needs no files")
     add("--data-path", help="folder of the data set; IMNET: train/ and val/ with one folder per class")
     add("--inat-category", default="name", choices=INAT_CATEGORIES, help="taxonomic level of the classes (INAT*)")
-    counts: dict = {"nargs": 2, "default": [6000, 3000], "metavar": ("TRAIN", "VAL")}
-    add("--gratings-sizes", type=number(int, 1, 10**8), **counts, help="number of GRATINGS images")
+    size = number(int, 1, 10**8)
+    add("--gratings-sizes", nargs=2, type=size, default=[6000, 3000], help="GRATINGS images in train and val")
     add("--input-size", type=AT_LEAST_ONE, default=224, help="image size in pixels")
     add("--eval-crop-ratio", type=number(float, 0.01, 1), default=0.875, help="center crop ratio for evaluation")
     add("--batch-size", type=AT_LEAST_ONE, default=64, help="batch size per process")
@@ -157,15 +157,11 @@ def add_augmentation_flags(add) -> None:
     add("--cutmix-minmax", nargs=2, type=FRACTION, help="limits of CutMix's box size, instead of --cutmix")
     add("--mixup-prob", type=FRACTION, default=1.0, help="probability of mixup or CutMix")
     add("--mixup-switch-prob", type=FRACTION, default=0.5, help="probability of CutMix when both are on")
-    add(
-        "--mixup-mode",
-        default="batch",
-        choices=("batch", "pair", "elem"),
-        help="scope of a mixing coefficient",
-    )
+    add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"), help="scope of a mixing coefficient")
 
 
-def add_run_flags(add) -> None:
+def add_run_flags(group) -> None:
+    add = group.add_argument
     add("--output_dir", "--output-dir", default="", help="folder for checkpoints and logs; default: write nothing")
     add("--device", default="auto", help="cuda, cuda:N or cpu; auto: cuda if there is a GPU")
     kinds = ("auto", "none", "teacher", "both")
@@ -173,18 +169,21 @@ def add_run_flags(add) -> None:
     add("--deterministic", action="store_true", help="use deterministic GPU kernels, which are slower")
     add("--import", dest="import_module", default="", metavar="MODULE", help="module that registers models with timm")
     add("--seed", type=number(int, 0, 2**62), default=0, help="seed of weights, sample order and augmentation")
-    add("--resume", default="", help="checkpoint, URL, or auto: the newest valid one in --output_dir")
+    add_start = group.add_mutually_exclusive_group().add_argument
+    add_start("--resume", default="", help="checkpoint, URL, or auto: the newest valid one in --output_dir")
+    add_start("--overwrite", action="store_true", help="start over in a folder that contains a run")
     add("--start_epoch", "--start-epoch", type=COUNT, help="first epoch; default: the one after the checkpoint's")
-    add("--overwrite", action="store_true", help="start over in a folder that contains a run")
     add("--save-every", type=COUNT, default=0, metavar="N", help="keep a checkpoint every N epochs; 0: never")
-    add("--eval", action="store_true", help="evaluate the weights and exit")
+    add_mode = group.add_mutually_exclusive_group().add_argument
+    add_mode("--eval", action="store_true", help="evaluate the weights and exit")
+    add_mode("--export", default="", metavar="FOLDER", help="write the weights of --resume in timm's format and exit")
+    add_mode("--dry-run", action="store_true", help="train for two steps, report the cost, and write nothing")
     add("--eval-ema", action="store_true", help="also evaluate the EMA; with --eval: only the EMA")
     add("--dist-eval", action=ON_OFF, default=True, help="split the validation set between processes")
-    add("--export", default="", metavar="FOLDER", help="write the weights of --resume in timm's format and exit")
     help_text = "with --eval on ImageNet: also score against the ReaL labels, timm's or those in FILE"
     add("--real-labels", nargs="?", const="timm", default="", metavar="FILE", help=help_text)
     add("--wandb", default="", metavar="PROJECT", help="also log to this Weights & Biases project (pip install wandb)")
-    add("--dry-run", action="store_true", help="train for two steps, report the cost, and write nothing")
+    add("--local-rank", "--local_rank", type=from_old_launcher, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     add("--world_size", "--world-size", type=AT_LEAST_ONE, help="expected number of processes")
     add("--dist_url", "--dist-url", default="env://", help="where processes meet, for torch.distributed")
     add("--dist-timeout", type=POSITIVE, default=1800, help="seconds before a hung collective ends the job")
@@ -197,9 +196,6 @@ def parse_args(argv: Sequence[str] | None = None) -> Flags:
     for action in parser._actions:
         action.default = argparse.SUPPRESS
     args.given = set(vars(parser.parse_args(argv)))
-    for flag, message in NOT_SUPPORTED.items():
-        if hasattr(args, flag.strip("-").replace("-", "_")):
-            raise UserError(message)
     check_modes(args)
     check_paths(args)
     if not (args.eval or args.export):  # a training command with --eval added is fine
@@ -264,11 +260,7 @@ def parse_or_exit() -> argparse.Namespace:
 
 
 def check_modes(args: argparse.Namespace) -> None:
-    """Check the choice between training, evaluation, export and resuming."""
-    exclusive = [flag for flag in ("eval", "export", "dry_run") if getattr(args, flag)]
-    if len(exclusive) > 1:
-        first, second = (f"--{flag.replace('_', '-')}" for flag in exclusive[:2])
-        raise UserError(f"{first} and {second} cannot be combined: give one")
+    """Check the flags of evaluation, export and resuming."""
     if args.eval and not (args.resume or args.finetune or args.pretrained):
         raise UserError("--eval without weights would score a random model: give --resume FILE or --pretrained")
     if args.export and not args.resume:
@@ -279,12 +271,8 @@ def check_modes(args: argparse.Namespace) -> None:
         raise UserError("--resume sets the weights: leave out --finetune and --pretrained")
     if args.resume == "auto" and not args.output_dir:
         raise UserError("--resume auto needs --output_dir: give the folder of the run")
-    if args.resume == "auto" and args.start_epoch is not None:
-        raise UserError("--start_epoch with --resume auto would start there every time: give the file to resume")
     if args.real_labels and not args.eval:
         raise UserError("--real-labels needs --eval: it has no effect on training")
-    if args.resume and args.overwrite:
-        raise UserError("--resume continues a run and --overwrite starts it over: give one")
     if args.eval_ema and not args.eval and not args.model_ema:
         raise UserError("--eval-ema evaluates the EMA, which --no-model-ema turns off: give one")
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") not in ("", "0")
@@ -300,18 +288,15 @@ def check_paths(args: argparse.Namespace) -> None:
     for flag, path in (("resume", args.resume), ("finetune", args.finetune), ("teacher-path", teacher_path)):
         if path and path != "auto" and "://" not in path and not Path(path).is_file():
             found = "is a folder" if Path(path).is_dir() else "does not exist"
-            hint = f", or give --output_dir {path} --resume auto" if flag == "resume" and Path(path).is_dir() else ""
-            raise UserError(f"--{flag} {path} {found}: give a file of weights{hint}")
+            raise UserError(f"--{flag} {path} {found}: give a file of weights")
 
 
 def check_data_path(args: argparse.Namespace) -> None:
     """Check that the folder of the data set exists, if it needs one."""
     if args.data_set == "GRATINGS" or args.export:
         return
-    if not args.data_path:
-        raise UserError(f"--data-set {args.data_set} needs --data-path, the folder of its images")
-    if not Path(args.data_path).is_dir():
-        raise UserError(f"--data-path {args.data_path} is not a folder: give the folder of the data set")
+    if not (args.data_path and Path(args.data_path).is_dir()):
+        raise UserError(f"--data-set {args.data_set} needs --data-path, the folder of its images, not {args.data_path}")
 
 
 DISTILLATION_FLAGS = ("distillation_alpha", "distillation_tau", "teacher_model", "teacher_path", "teacher_kwargs")
@@ -341,15 +326,8 @@ def check_optimization(args: Flags) -> None:
     """Check the flags of the optimizer and the schedule."""
     if args.sched == "plateau":
         raise UserError("--sched plateau is not supported: choose a schedule that depends on the epoch only")
-    if args.opt == "adahessian":
-        raise UserError("--opt adahessian is not supported: the training loop computes no second derivatives")
     if args.warmup_epochs > args.epochs and "warmup_epochs" in args.given:
         raise UserError(f"--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}: lower it")
-    if args.lr_noise and (len(args.lr_noise) > 2 or args.lr_noise != sorted(set(args.lr_noise))):
-        raise UserError("--lr-noise expects the start of the noise, or its start and its end")
-    for key, flag in (("drop_rate", "--drop"), ("drop_path_rate", "--drop-path")):
-        if key in args.model_kwargs:
-            raise UserError(f"--model-kwargs {key} would override {flag}: give {flag} instead")
 
 
 def check_augmentation(args: Flags) -> None:
@@ -357,8 +335,6 @@ def check_augmentation(args: Flags) -> None:
     if args.ThreeAugment and "aa" in args.given:
         raise UserError("--aa and --ThreeAugment cannot be combined: give one")
     small = args.input_size <= SMALL_IMAGE and not args.ThreeAugment
-    if args.src and small:
-        raise UserError(f"--src does not apply to images of up to {SMALL_IMAGE} pixels: leave it out")
     if args.train_interpolation == "random" and (args.src or small):
         raise UserError("--train-interpolation random needs DeiT's random resized crop: give bicubic or bilinear")
     if args.cutmix_minmax and (args.cutmix or args.cutmix_minmax[0] >= args.cutmix_minmax[1]):

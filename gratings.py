@@ -9,7 +9,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 GRATINGS_SIZES = {"train": 6000, "val": 3000}
-MAX_KEPT = 10_000 * 32**2  # up to this many pixels per data set (30 MB) are computed once and kept
+SIZE = 32  # side of the images in pixels
+MAX_KEPT = 10_000  # up to this many images per data set (30 MB) are computed once and kept
 _COSINE = np.array([round(256 * math.cos(2 * math.pi * k / 1024)) for k in range(1024)])
 
 
@@ -23,7 +24,6 @@ class Gratings(Dataset):
     Args:
         split: "train" or "val".
         num_images: length of the data set; it does not change the images.
-        image_size: side of the images in pixels.
         transform: RGB PIL image -> image of the sample.
     """
 
@@ -33,13 +33,13 @@ class Gratings(Dataset):
     DISTRACTOR = 0.9  # largest amplitude of the second grating relative to the first
     NOISE = 90  # largest deviation of the noise in gray levels
 
-    def __init__(self, split: str, num_images: int, image_size: int = 32, transform: Callable | None = None):
+    def __init__(self, split: str, num_images: int, transform: Callable | None = None):
         self.split = ("train", "val").index(split)
-        self.num_images, self.image_size, self.transform = num_images, image_size, transform
+        self.num_images, self.transform = num_images, transform
         degrees = [180 * o // self.ORIENTATIONS for o in range(self.ORIENTATIONS)]
         self.classes = [f"orientation {o}, frequency {f:g}" for o in degrees for f in self.FREQUENCIES]
-        self._y, self._x = np.mgrid[:image_size, :image_size]
-        self._computed: dict[int, np.ndarray] | None = {} if num_images * image_size**2 <= MAX_KEPT else None
+        self._y, self._x = np.mgrid[:SIZE, :SIZE]
+        self._computed: dict[int, np.ndarray] | None = {} if num_images <= MAX_KEPT else None
 
     def __len__(self) -> int:
         return self.num_images
@@ -54,9 +54,8 @@ class Gratings(Dataset):
         return (self.transform(image) if self.transform else image), label
 
     def pixels(self, index: int, label: int) -> np.ndarray:
-        """Return the image as uint8 (image_size, image_size, 3)."""
-        size = self.image_size
-        bits = np.random.PCG64(np.random.SeedSequence((self.split, index))).random_raw(20 + 3 * size * size // 4)
+        """Return the image as uint8 (32, 32, 3)."""
+        bits = np.random.PCG64(np.random.SeedSequence((self.split, index))).random_raw(20 + 3 * SIZE**2 // 4)
         bits = bits.astype("<u8")  # the same byte order on every machine
         u = [int(word) / 2**64 for word in bits[:20]]
         orientation, frequency = divmod(label, len(self.FREQUENCIES))
@@ -67,15 +66,15 @@ class Gratings(Dataset):
         direction = np.array([round(255 * contrast * (0.4 + 0.6 * v)) for v in u[8:11]])
         background = np.array([round(70 + 115 * v) for v in u[11:14]])
         image = background + (wave[..., None] * direction >> 16)
-        radius = size * (0.08 + 0.12 * u[14])
-        disc = (self._x - int(size * u[15])) ** 2 + (self._y - int(size * u[16])) ** 2 < int(radius * radius)
+        radius = SIZE * (0.08 + 0.12 * u[14])
+        disc = (self._x - int(SIZE * u[15])) ** 2 + (self._y - int(SIZE * u[16])) ** 2 < int(radius * radius)
         image[disc] = [round(255 * v) for v in u[17:20]]
-        noise = bits[20:].view(np.uint8)[: 6 * size * size].reshape(2, size, size, 3).astype(np.int64).sum(axis=0) - 255
+        noise = bits[20:].view(np.uint8).reshape(2, SIZE, SIZE, 3).astype(np.int64).sum(axis=0) - 255
         return np.clip(image + (noise * self.NOISE >> 8), 0, 255).astype(np.uint8)
 
     def _wave(self, orientation, frequency, phase):
         """Return int 256 cos(2 pi (f . x + phase)) on the grid; orientation and frequency in steps between classes."""
         angle = math.pi * orientation / self.ORIENTATIONS
         cycles = self.FREQUENCIES[0] * (self.FREQUENCIES[1] / self.FREQUENCIES[0]) ** frequency
-        step_x, step_y = (round(2**16 * cycles * part / self.image_size) for part in (math.cos(angle), math.sin(angle)))
+        step_x, step_y = (round(2**16 * cycles * part / SIZE) for part in (math.cos(angle), math.sin(angle)))
         return _COSINE[(self._x * step_x + self._y * step_y + int(2**16 * phase) >> 6) % 1024]

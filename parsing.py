@@ -24,8 +24,9 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser that reads `@file` arguments as a shell would, with # comments, and raises UserError."""
 
     def __init__(self, description: str):
-        options: dict[str, Any] = {"fromfile_prefix_chars": "@", "allow_abbrev": False}
-        super().__init__(description=description, formatter_class=HelpFormatter, **options)
+        super().__init__(
+            description=description, formatter_class=HelpFormatter, fromfile_prefix_chars="@", allow_abbrev=False
+        )
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         try:

@@ -46,6 +46,11 @@ def start(args):
             print(f"{name}: {value}")
 
 
+def variant(args, **changes):
+    """Return the flags with changes."""
+    return argparse.Namespace(**vars(args) | changes)
+
+
 def first_process():
     return os.environ.get("RANK", "0") == "0"
 

@@ -18,8 +18,6 @@ from torch.utils.flop_counter import flop_registry
 aten, sdpa = torch.ops.aten, torch.nn.functional.scaled_dot_product_attention
 # The cost model of `Count.seconds`: an H100 (SXM), at the share of its peaks that large kernels usually reach.
 BYTES_PER_SECOND, FLOPS_PER_SECOND, SECONDS_PER_KERNEL = 2.7e12, 450e12, 2.5e-6
-# timm's published times for eager CaiT-S24 are 1.13 and 1.28 times those of the model for the same GPUs.
-CALIBRATION = 1.2
 NO_KERNEL = {"_unsafe_view", "detach", "alias", "lift_fresh", "empty", "empty_like", "empty_strided", "new_empty"}
 NO_KERNEL |= {"new_empty_strided", "_fused_sdp_choice", "is_same_size", "record_stream", "is_pinned", "device"}
 FOREACH_TYPES = [torch.Tensor, torch.nn.Parameter, FakeTensor]

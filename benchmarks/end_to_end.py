@@ -20,22 +20,17 @@ import samplers
 import utils
 
 
-def jpeg_loaders(args, folder):
-    """Return {job: loader} for the same JPEG files in the order of repeated augmentation."""
-    common.make_jpegs(folder, args.steps * args.batch_size * utils.world_size())
+def jpeg_loaders(args, folder, processes, rank):
+    """Return {job: loader} for a rank's share of the same JPEG files in the order of repeated augmentation."""
     transform = datasets.train_transform(args.input_size, aa=reference.AUGMENTATION)
     dataset = datasets.build_dataset("IMNET", "train", folder, transform)
-    strides = samplers.RASampler(dataset, utils.world_size(), utils.rank())
-    blocks = samplers.RASampler(dataset, utils.world_size(), utils.rank(), block=args.batch_size)
-    common_options = {
-        "batch_size": args.batch_size,
-        "num_workers": args.num_workers,
-        "pin_memory": args.device != "cpu",
-    }
-    seeded, sampler = datasets.SeededDataset(dataset), samplers.SeededSampler(blocks, 0, utils.rank())
+    strides = samplers.RASampler(dataset, processes, rank)
+    blocks = samplers.RASampler(dataset, processes, rank, block=args.batch_size)
+    options = {"batch_size": args.batch_size, "num_workers": args.num_workers, "pin_memory": args.device != "cpu"}
+    seeded, sampler = datasets.SeededDataset(dataset), samplers.SeededSampler(blocks, 0, rank)
     return {
-        "reference": reference.loader(Path(folder) / "train", strides, input_size=args.input_size, **common_options),
-        "fast": datasets.build_loader(seeded, sampler, drop_last=True, **common_options),
+        "reference": reference.loader(Path(folder) / "train", strides, input_size=args.input_size, **options),
+        "fast": datasets.build_loader(seeded, sampler, drop_last=True, **options),
     }
 
 
@@ -49,13 +44,17 @@ def main():
     args = parser.parse_args()
     faults.init_distributed(args.device)
     common.start(args)
+    images = args.steps * args.batch_size * utils.world_size()
     with tempfile.TemporaryDirectory() as folder:
-        loaders = jobs.synthetic_batches(args, args.steps) if args.synthetic else jpeg_loaders(args, folder)
+        if args.synthetic:
+            loaders = jobs.synthetic_batches(args, args.steps)
+        else:
+            common.make_jpegs(folder, images)
+            loaders = jpeg_loaders(args, folder, utils.world_size(), utils.rank())
         built = {name: jobs.JOBS[name](args) for name in args.variants}
         flops = common.count_flops(lambda: built[args.variants[0]].train(list(loaders[args.variants[0]])[:1]))
         trains = {name: functools.partial(job.train, loaders[name]) for name, job in built.items()}
         times = common.interleave(trains, args, warm_up=1)
-    images = args.steps * args.batch_size * utils.world_size()
     title = f"{args.model} under {args.teacher_model}, batch {args.batch_size}"
     common.report(title, times, args.variants[0], images, flops=flops * args.steps, peak=common.peak_flops(args))
     common.write_json(args, seconds=times, images=images, peak_bytes=common.peak_memory(args))

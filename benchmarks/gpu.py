@@ -8,6 +8,7 @@ medians and quartiles, rows for benchmarks/README.md, and the GPU-hours and memo
 """
 
 import argparse
+import collections
 import contextlib
 import functools
 import gc
@@ -16,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import types
 from pathlib import Path
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for the deterministic steps
@@ -30,6 +30,7 @@ import jobs
 import timm
 import torch
 import torchvision
+from common import variant
 from torch.profiler import ProfilerActivity, profile
 
 IMAGES_PER_EPOCH = 1_281_167
@@ -57,10 +58,6 @@ def arguments():
     if args.cpu:
         args.input_size, args.depth, args.pairs = 32, 2, 2
     return args
-
-
-def variant(args, **changes):
-    return argparse.Namespace(**vars(args) | changes)
 
 
 # Machine
@@ -179,12 +176,13 @@ def measure_jpeg(args):
     args = variant(args, steps=2 if args.cpu else 40)
     results = {}
     with tempfile.TemporaryDirectory() as folder:
-        loaders = end_to_end.jpeg_loaders(args, folder)
+        common.make_jpegs(folder, args.steps * args.batch_size)
+        loaders = end_to_end.jpeg_loaders(args, folder, 1, 0)
         for name, loader in loaders.items():
             job = jobs.JOBS[name](args)
             functions = {
                 name: functools.partial(job.train, loader),
-                f"{name}, loader alone": lambda x=loader: exhaust(x),
+                f"{name}, loader alone": functools.partial(collections.deque, loader, maxlen=0),
             }
             for what, function in functions.items():
                 function()  # starts the workers
@@ -210,46 +208,35 @@ def measure_decoding(args):
     return {"decode_jpeg": {"seconds": common.interleave({"decode_jpeg": decode}, args)["decode_jpeg"]}}
 
 
-def exhaust(loader):
-    for _ in loader:
-        pass
-
-
 def measure_choices(args):
     """Time open choices: Swin's fused windows, cuDNN's benchmark mode, attention backends, bfloat16."""
     images = torch.randn(args.batch_size, 3, args.input_size, args.input_size, device=args.device)
-    dtypes = [torch.bfloat16] if args.cpu else [torch.float16, torch.bfloat16]
-    names = ["deit_tiny_patch16_224"]
-    names += [] if args.cpu else ["swin_small_patch4_window7_224", "regnety_160", "cait_s24_224"]
+    half = getattr(torch, args.amp_dtype)
+    choices = {"": {}, ", bfloat16": {"dtype": torch.bfloat16}}
+    names = {"deit_tiny_patch16_224": choices}
+    if not args.cpu:
+        cudnn = torch.nn.attention.SDPBackend.CUDNN_ATTENTION
+        names = {
+            "deit_tiny_patch16_224": choices | {", cuDNN attention": {"backend": cudnn}},
+            "swin_small_patch4_window7_224": choices | {", fused": {"fused": True}},
+            "regnety_160": choices | {", cudnn.benchmark": {"tuned": True}},
+            "cait_s24_224": choices,
+        }
     functions = {}
-    for name in names:
-        model = (
-            timm.create_model(name, **({"img_size": args.input_size} if args.cpu else {}))
-            .to(args.device)
-            .eval()
-            .requires_grad_(False)
-        )
-        for dtype in dtypes:
-            functions[f"{name}, {dtype}"] = functools.partial(switched, model, images, dtype)
-        if "swin" in name:
-            functions[f"{name}, fused"] = functools.partial(switched, model, images, dtypes[0], fused=True)
-        if "regnet" in name:
-            functions[f"{name}, cudnn.benchmark"] = functools.partial(switched, model, images, dtypes[0], tuned=True)
-        if "deit" in name and not args.cpu:
-            backend = torch.nn.attention.SDPBackend.CUDNN_ATTENTION
-            functions[f"{name}, cuDNN attention"] = functools.partial(switched, model, images, dtypes[0], backend)
+    for name, options in names.items():
+        size = {"img_size": args.input_size} if args.cpu else {}
+        model = timm.create_model(name, **size).to(args.device).eval().requires_grad_(False)
+        run = functools.partial(switched, model, images)
+        functions |= {name + what: functools.partial(run, **{"dtype": half, **more}) for what, more in options.items()}
     return {name: {"seconds": seconds} for name, seconds in common.interleave(functions, args).items()}
 
 
 @torch.no_grad()
-def switched(model, images, dtype, backend=None, fused=None, tuned=False):
-    """Run a forward pass with these choices."""
-    if fused is not None or hasattr(model, "layers"):
-        for module in model.modules():
-            if hasattr(module, "fused_attn"):
-                module.fused_attn = bool(fused)
-    size = getattr(model, "patch_embed", types.SimpleNamespace(img_size=None)).img_size
-    images = images if size is None else torch.nn.functional.interpolate(images, size)
+def switched(model, images, dtype, backend=None, fused=False, tuned=False):
+    """Run a forward pass with these choices; `fused` concerns Swin only."""
+    for module in model.modules():
+        if type(module).__name__ == "WindowAttention":
+            module.fused_attn = fused
     torch.backends.cudnn.benchmark = tuned
     attention = torch.nn.attention.sdpa_kernel(backend) if backend else contextlib.nullcontext()
     with attention, torch.autocast(images.device.type, dtype=dtype):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jobs
 import torch
+from common import variant
 from torch.profiler import ProfilerActivity, profile
 
 import engine
@@ -45,51 +46,34 @@ def outcome(function, args, began):
     return "PASS", f"{value if isinstance(value, str) else ''} ({time.perf_counter() - started:.0f} s)", value
 
 
-def variant(args, **changes):
-    values = vars(args) | changes
-    return type(args)(**values)
-
-
 def need_gpu(args):
     if args.cpu:
         raise Skip("needs a GPU")
 
 
-class Batches:
+class Batches(list):
     """Batches that turn a synchronization with the GPU into an error, except during the first and the last one."""
 
-    def __init__(self, batches, cuda):
-        self.batches, self.cuda = batches, cuda
-
-    def __len__(self):
-        return len(self.batches)
-
     def __iter__(self):
+        set_mode = torch.cuda.set_sync_debug_mode if torch.cuda.is_available() else lambda mode: None
         try:
-            for i, batch in enumerate(self.batches):
-                self._set("error" if 0 < i < len(self.batches) - 1 else "default")
+            for i, batch in enumerate(super().__iter__()):
+                set_mode("error" if 0 < i < len(self) - 1 else "default")
                 yield batch
         finally:
-            self._set("default")
-
-    def _set(self, mode):
-        if self.cuda:
-            torch.cuda.set_sync_debug_mode(mode)
+            set_mode("default")
 
 
 def check_synchronization(args):
     """Check that neither training between console lines nor evaluation between batches waits for the GPU."""
-    for dtype in ("float16", "bfloat16", "float32"):
-        if args.cpu and dtype == "float16":
-            continue
-        job = jobs.fast_job(variant(args, amp_dtype=dtype, batch_size=min(args.batch_size, 16)))
-        batches = jobs.synthetic_batches(variant(args, batch_size=min(args.batch_size, 16)), 10)["fast"]
-        loader = Batches(batches, not args.cpu)
+    for dtype in ("bfloat16", "float32") if args.cpu else ("float16", "bfloat16", "float32"):
+        options = variant(args, amp_dtype=dtype, batch_size=min(args.batch_size, 16))
+        job, batches = jobs.fast_job(options), Batches(jobs.synthetic_batches(options, 10)["fast"])
         job.train(batches[:1])  # allocate moments and load kernels
-        job.train(loader, print_freq=100)
+        job.train(batches, print_freq=100)
         options = {"device": torch.device(args.device), "prepare": job.prepare, "amp_dtype": getattr(torch, dtype)}
         engine.evaluate(job.state.model, batches[:2], **options)
-        engine.evaluate(job.state.model, loader, **options)
+        engine.evaluate(job.state.model, batches, **options)
     return "8 training steps and 8 evaluation batches in each precision"
 
 
@@ -281,38 +265,35 @@ def start(args, *flags, processes=0, env=None):
     return subprocess.Popen([str(word) for word in command], env=os.environ | (env or {}), text=True, **pipes)
 
 
+def finish(process):
+    """Wait for the end of a run, and return what it wrote to stderr."""
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors[-500:]
+    return errors
+
+
 def check_resume(args):
-    """Check that SIGTERM in mid-epoch and a resume give the weights of the uninterrupted run, exactly on a CPU."""
+    """Check that SIGTERM in mid-epoch and a resume give the weights of the uninterrupted run, exactly on a CPU.
+
+    The latter runs under torchrun, without warnings.
+    """
     with tempfile.TemporaryDirectory() as folder:
         whole, cut = Path(folder) / "whole", Path(folder) / "cut"
-        process = start(args, "--output_dir", whole)
-        assert process.wait(240) == 0, process.stderr.read()[-500:]
+        errors = finish(start(args, "--output_dir", whole, processes=1))
+        warnings = [line for line in errors.splitlines() if "warn" in line.lower() and "OMP_NUM_THREADS" not in line]
+        assert not warnings, warnings
         process = start(args, "--output_dir", cut)
-        for line in process.stdout:
-            if line.startswith("Epoch: [0]"):
-                break
+        next(line for line in process.stdout if line.startswith("Epoch: [0]"))
         process.send_signal(signal.SIGTERM)
         began = time.perf_counter()
-        assert process.wait(60) == 128 + signal.SIGTERM, process.stderr.read()[-500:]
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 128 + signal.SIGTERM, errors[-500:]
         seconds = time.perf_counter() - began
-        process = start(args, "--output_dir", cut, "--resume", "auto")
-        assert process.wait(240) == 0, process.stderr.read()[-500:]
+        finish(start(args, "--output_dir", cut, "--resume", "auto"))
         weights = [torch.load(path / "checkpoint.pth", map_location="cpu")["model"] for path in (whole, cut)]
     difference = max((weights[0][key] - weights[1][key]).abs().max().item() for key in weights[0])
     assert difference <= (0 if args.cpu else 1e-2), difference
     return f"largest difference of a weight {difference:.1e}; state saved {seconds:.1f} s after the signal"
-
-
-def check_launcher(args):
-    """Check that a run under torchrun, with two processes if there are two GPUs, ends with 0 and without warnings."""
-    processes = 1 if args.cpu else min(2, torch.cuda.device_count())
-    process = start(args, processes=processes)
-    output, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, errors[-500:]
-    warnings = [line for line in errors.splitlines() if "warn" in line.lower() and "OMP_NUM_THREADS" not in line]
-    assert not warnings, warnings
-    assert "Accuracy of the network" in output
-    return f"{processes} processes"
 
 
 def check_memory_error(args):
@@ -333,10 +314,10 @@ def check_lost_process(args):
     if not args.cpu and torch.cuda.device_count() < 2:
         raise Skip("needs two GPUs")
     timeout, details = 3 if args.cpu else 20, []
-    for number in (signal.SIGKILL, signal.SIGSTOP):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    for number in (signal.SIGSTOP,) if args.cpu else (signal.SIGSTOP, signal.SIGKILL):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = str(free.getsockname()[1])
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
         with tempfile.TemporaryDirectory() as folder:
             flags = ["--dist-timeout", timeout, "--epochs", "100", "--output_dir", folder]
             ranks = [start(args, *flags, env=group | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
@@ -349,12 +330,11 @@ def check_lost_process(args):
                 for process in ranks:
                     process.kill()
                     process.wait()
-            status = json.loads((Path(folder) / "status.json").read_text())
-        found = ranks[0].returncode, errors.strip().splitlines()[-1:], status["status"]
-        assert found[0] == 1, (number.name, *found)
-        assert "lost another process" in found[1][0], (number.name, *found)
-        assert found[2] == "failed", (number.name, *found)
-        details.append(f"{number.name}: {time.perf_counter() - began:.0f} s, {found[1][0][:150]}")
+            status = json.loads((Path(folder) / "status.json").read_text())["status"]
+        line = errors.strip().splitlines()[-1]
+        found = (ranks[0].returncode, status, "lost another process" in line)
+        assert found == (1, "failed", True), (number.name, *found, line)
+        details.append(f"{number.name}: {time.perf_counter() - began:.0f} s, {line[:150]}")
     return "; ".join(details)
 
 
@@ -367,8 +347,7 @@ CHECKS = {
     "terms equal a CPU's": check_against_cpu,
     "repeatability": check_repeatability,
     "no recompilation": check_recompiles,
-    "resume": check_resume,
-    "launcher": check_launcher,
+    "launcher and resume": check_resume,
     "a lost process": check_lost_process,
     "out of memory": check_memory_error,
 }

@@ -11,10 +11,9 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import common
-import reference
+import end_to_end
 
 import datasets
-import samplers
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -27,19 +26,13 @@ def run(loader, prepare=None):
 
 def variants(folder, num_processes, args):
     """Return ({name: function that loads an epoch of the first process}, images per epoch)."""
-    transform = datasets.train_transform(args.input_size, aa=reference.AUGMENTATION)
-    dataset = datasets.build_dataset("IMNET", "train", folder, transform)
-    strides = samplers.RASampler(dataset, num_processes, 0)
-    blocks = samplers.RASampler(dataset, num_processes, 0, block=args.batch_size)
-    sampler = samplers.SeededSampler(blocks, 0, 0)
-    fast = datasets.build_loader(datasets.SeededDataset(dataset), sampler, args.batch_size, 0, drop_last=True)
-    ordinary = reference.loader(Path(folder) / "train", strides, args.batch_size, 0, args.input_size)
+    loaders = end_to_end.jpeg_loaders(args, folder, num_processes, 0)
     prepare = datasets.Prepare(MEAN, STD, reprob=0.25)
     return {
-        "reference": lambda: run(ordinary),
-        "fast": lambda: run(fast),
-        "fast, prepared on the CPU": lambda: run(fast, prepare),
-    }, len(fast) * args.batch_size
+        "reference": lambda: run(loaders["reference"]),
+        "fast": lambda: run(loaders["fast"]),
+        "fast, prepared on the CPU": lambda: run(loaders["fast"], prepare),
+    }, len(loaders["fast"]) * args.batch_size
 
 
 def main():
@@ -49,7 +42,7 @@ def main():
     parser.add_argument("--images", type=int, default=512, help="number of JPEG files")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4], help="numbers of processes")
     args = parser.parse_args()
-    args.device = "cpu"
+    args.device, args.num_workers = "cpu", 0
     common.start(args)
     results = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,6 @@
 """Every mistake on the command line ends in one line that says how to fix it, and exit code 2."""
 
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,6 @@ from utils import UserError
 DEIT = "deit_tiny_patch16_224"
 KWARGS = f"--model-kwargs {' '.join(STUDENT)}"
 DISTIL = " ".join(distil("{teacher}"))
-DISTIL_FROM = DISTIL[DISTIL.index("--teacher-path") :]
 FINE = f"{KWARGS} patch_size=4"
 IMNET = "--data-set IMNET --batch-size 2 --data-path"
 CAIT = f"--model cait_s24_224 --model-kwargs {' '.join(TEACHER)}"
@@ -29,10 +27,10 @@ HIERA = "--input-size 64 --model hiera_tiny_224 --model-kwargs img_size=(64,64) 
 # These are found by the flags alone, before torch is imported.
 FLAGS = [
     # paths
-    ("--data-set IMNET", "--data-set IMNET needs --data-path"),
-    (f"{IMNET} {{empty}}/x", "--data-path .*x is not a folder"),
+    ("--data-set IMNET", "--data-set IMNET needs --data-path, .* not None"),
+    (f"{IMNET} {{empty}}/x", "--data-set IMNET needs --data-path, .* not .*empty/x"),
     ("--resume {empty}/x.pth", "--resume .*x.pth does not exist"),
-    ("--resume {empty}", "empty is a folder.*--output_dir .*empty --resume auto"),
+    ("--resume {empty}", "empty is a folder: give a file"),
     ("--finetune {empty}/x.pth", "--finetune .*x.pth does not exist"),
     (f"{DISTIL} --teacher-path x.pth", "--teacher-path x.pth does not exist"),
     ("@no_such.args", "no_such.args"),
@@ -48,17 +46,15 @@ FLAGS = [
     ("--distillation-tau 0", r"--distillation-tau: expected a number in \(0, inf\), got 0"),
     ("--model-ema-decay 1", r"--model-ema-decay: expected a number in \(0, 1\), got 1"),
     ("--lr-noise 0.1 --lr-noise-pct 0", "--lr-noise-pct: expected"),
-    ("--lr-noise 0.1 0.5 0.9", "--lr-noise expects the start of the noise"),
+    ("--gratings-sizes 10000000000000 1", "--gratings-sizes: expected a whole number"),
     ("--num_workers -1", "--num_workers.*: expected"),
     ("--seed 100000000000000000000000", "--seed: expected a whole number"),
     ("--model-kwargs depth", "--model-kwargs: expected KEY=VALUE, got depth"),
-    ("--model-kwargs drop_path_rate=0.1", "would override --drop-path: give --drop-path"),
     # names
     ("--data-set IMAGENET", "--data-set: invalid choice: 'IMAGENET'.*IMNET"),
-    ("--local_rank 0", "--local-rank comes from torch.distributed.launch: .* torch.distributed.run"),
+    ("--local-rank=0", "comes from torch.distributed.launch: .* torch.distributed.run"),
     # distillation
     (f"{DISTIL} --t-id 0 1", "--s-id has 3 ids but --t-id has 2: give one teacher"),
-    ("--distillation-type fft --s-id 0", "--s-id has 1 ids but --t-id has 0"),
     (f"{DISTIL} --s-id 0 1 -1", "--s-id: expected"),
     (f"{DISTIL} --distillation-type fft --distillation-tau 2", "--distillation-tau has no effect without"),
     (f"{DISTIL} --distillation-type fft --w-fft 0", "give --w-fft or --distillation-alpha above 0"),
@@ -66,18 +62,14 @@ FLAGS = [
     # flags that contradict each other
     ("--eval", "--eval without weights would score a random model"),
     ("--export x", "--export needs a checkpoint"),
-    ("--eval --resume {teacher} --export x", "--eval and --export cannot be combined"),
-    ("--eval --dry-run", "--eval and --dry-run cannot be combined"),
+    ("--eval --resume {teacher} --export x", "--export: not allowed with argument --eval"),
     ("--pretrained --finetune {teacher}", "--pretrained and --finetune both"),
     ("--resume {teacher} --finetune {teacher}", "leave out --finetune and --pretrained"),
-    ("--eval --resume {teacher} --pretrained", "leave out --finetune and --pretrained"),
     ("--resume auto", "--resume auto needs --output_dir"),
-    ("--output_dir x --resume auto --start_epoch 3", "--start_epoch with --resume auto"),
-    ("--output_dir x --resume auto --overwrite", "--resume .* --overwrite"),
+    ("--output_dir x --resume auto --overwrite", "--overwrite: not allowed with argument --resume"),
     ("--no-model-ema --eval-ema", "--eval-ema .* --no-model-ema"),
     ("--bce-loss", "add --smoothing 0"),
     ("--cutmix 1 --cutmix-minmax 0.2 0.8", "and no --cutmix"),
-    ("--src", "--src does not apply to images of up to 32 pixels"),
     ("--aa none --ThreeAugment", "--aa and --ThreeAugment cannot be combined"),
     ("--train-interpolation random", "give bicubic or bilinear"),
     # argument files
@@ -91,12 +83,9 @@ ALIKE = {
     "{}: expected .*, got": "--distillation-alpha 1.1, --w-fft -0.2, --w-fft nan, --distillation-beta -1",
     "{}: expected .*got": "--distillation-beta nan, --model-ema-decay 0",
     "{}: invalid choice": "--train-interpolation cubic, --inat-category species",
-    "unrecognized arguments: {}": "--mixupp 0, --distillation-t soft",
-    "{} is not supported": "--cosub, --resplit",
-    "{} .* is not supported": "--sched plateau, --opt adahessian",
+    "unrecognized arguments: {}": "--mixupp 0, --distillation-t soft, --cosub, --resplit",
+    "{} .* is not supported": "--sched plateau",
     "{} has no effect without": "--distillation-alpha 0.9, --s-id 0 --t-id 0, --w-fft 0.3",
-    "{} expects the start of the noise": "--lr-noise 0.9 0.1",
-    "{} comes from torch.distributed.launch": "--local-rank 0",
 }
 FLAGS += [(row, text.format(row.split()[0])) for text, rows in ALIKE.items() for row in rows.split(", ")]
 
@@ -104,11 +93,11 @@ FLAGS += [(row, text.format(row.split()[0])) for text, rows in ALIKE.items() for
 BEFORE_A_MODEL = [
     (f"{IMNET} {{no_train}}", "train does not exist: --data-path needs train/ and val/"),
     (f"{IMNET} {{no_val}}", "val does not exist: --data-path needs train/ and val/"),
-    (f"{IMNET} {{flat_val}}", "flat_val/val.*(class folder|one folder per class)"),
-    (f"{IMNET} {{empty_class}}", "cow"),
-    (f"{IMNET} {{other_classes}}", "(train|val) .*classes.*(bee|wasp)"),
-    ("--data-set CIFAR --data-path {empty}", "not found"),
-    ("--data-set INAT --data-path {empty}", "categories.json does not exist"),
+    (f"{IMNET} {{flat_val}}", r"val has no class folders: .* one folder per class.*datasets\.ImageNet"),
+    (f"{IMNET} {{empty_class}}", "val has classes without images: cow$"),
+    (f"{IMNET} {{other_classes}}", "only one of them has bee"),
+    ("--data-set CIFAR --data-path {empty}", r"CIFAR-100 not found .*cifar-100-python\.tar\.gz"),
+    ("--data-set INAT --data-path {empty}", "No such file .*categories.json"),
     ("--resume {truncated}", "truncated.pth is not a valid checkpoint"),
     ("--eval --resume {file}", "file is not a valid checkpoint"),
     ("--eval --resume auto --output_dir {empty}", "there is no checkpoint in .*empty: give a file"),
@@ -140,11 +129,9 @@ WITH_A_MODEL = [
     ("--input-size 30", f"{DEIT} with images of 30 pixels|30 pixels"),
     (f"{KWARGS} features_only=True", "features_only returns feature maps"),
     (f"{KWARGS} global_pool=", f"timm cannot build {DEIT}: .*global_pool"),
-    ("--model-kwargs dpeth=3", f"timm cannot build {DEIT}: .*dpeth"),
     ("--model resnet18 --model-kwargs channels=(8,8,8,16) --batch-size 1", "--batch-size 1: resnet18 has BatchNorm"),
     ("--model resnet18 --model-kwargs channels=(8,8,8,16) --attn-only", "resnet18 has no attention blocks"),
     ("--opt adamwww", "--opt adamwww: "),
-    ("--opt-betas 0.9", "--opt adamw: "),
     ("--sched cosinus", "--sched cosinus: "),
     (
         f"{IMNET} {{images}} --eval --pretrained {CAIT} {HUB}",
@@ -158,7 +145,6 @@ WITH_A_MODEL = [
         "the teacher cait_s24_224 has 24 unnamed classes, but the data set has 2",
     ),
     (f"{DISTIL} --teacher-path {{of_other_classes}}", "--teacher-path .*(c0|a0)"),
-    (f"--distillation-type soft {DISTIL_FROM}", "needs --s-id and --t-id: deit.* has blocks 0 to 3, cait.* 0 to 5"),
     (f"{DISTIL} --s-id all --t-id all", "needs models with equally many blocks, not 4 and 6"),
     (f"{DISTIL} --feature-loss projector --s-id 3 --t-id 2 {FINE}", "--feature-loss projector: .*the same tokens"),
     (f"{DISTIL} --s-id 0 1 4", r"--s-id: block id 4 is out of range: .* ids 0..3"),
@@ -177,16 +163,13 @@ WITH_A_MODEL = [
 def places(tmp_path_factory, teacher_file):
     """Paths that the rows name in braces."""
     root = tmp_path_factory.mktemp("places")
-    images = jpeg_folder(root / "images")
+    jpeg_folder(root / "images")
     jpeg_folder(root / "no_train", splits=("val",))
-    jpeg_folder(root / "no_val", splits=("train",))
-    for name in ("flat_val", "empty_class", "other_classes"):
-        shutil.copytree(images, root / name)
-    (root / "empty_class" / "train" / "cow").mkdir()
-    (root / "other_classes" / "val" / "bee").rename(root / "other_classes" / "val" / "wasp")
-    for name in ("ant", "bee"):
-        (root / "flat_val" / "val" / name / "0.jpg").rename(root / "flat_val" / "val" / f"{name}.jpg")
-        shutil.rmtree(root / "flat_val" / "val" / name)
+    for name in ("no_val", "flat_val", "empty_class", "other_classes"):
+        jpeg_folder(root / name, splits=("train",))
+    jpeg_folder(root / "other_classes", ["ant", "wasp"], splits=("val",))
+    for folder in ("flat_val/val", "empty_class/val/cow"):
+        (root / folder).mkdir(parents=True)
     write_checkpoints(root, torch.load(teacher_file, weights_only=True))
     (root / "truncated.pth").write_bytes(teacher_file.read_bytes()[:5000])
     (root / "file").write_text("no checkpoint")
@@ -232,15 +215,15 @@ def test_flags_alone_show_the_mistake(row, message, places):
     assert_refused(message, parse_args, tiny_run(*flags_of(row, places)))
 
 
-@pytest.mark.parametrize(("row", "message"), BEFORE_A_MODEL)
-def test_a_mistake_is_found_before_a_model_is_built(row, message, places, monkeypatch):
-    monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: pytest.fail("a model was built"))
-    assert_refused(message, main.main, parse_args(tiny_run(*flags_of(row, places))))
-
-
 @pytest.mark.parametrize(("row", "message"), WITH_A_MODEL)
 def test_a_mistake_that_needs_a_model_is_refused(row, message, places):
     assert_refused(message, main.main, parse_args(tiny_run(*flags_of(row, places))))
+
+
+@pytest.mark.parametrize(("row", "message"), BEFORE_A_MODEL)
+def test_a_mistake_is_found_before_a_model_is_built(row, message, places, monkeypatch):
+    monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: pytest.fail("a model was built"))
+    test_a_mistake_that_needs_a_model_is_refused(row, message, places)
 
 
 # Content of an argument file, and the value of --output_dir that it gives.

@@ -1,7 +1,8 @@
 """Each benchmark runs with little work, and writes its measurements."""
 
+import contextlib
 import json
-import subprocess
+import runpy
 import sys
 
 import pytest
@@ -22,17 +23,23 @@ def leaves(tree):
     return [tree] if isinstance(tree, list) else [leaf for child in tree.values() for leaf in leaves(child)]
 
 
-def run(script, folder, *flags):
-    """Return what a benchmark printed and what it wrote."""
-    command = [sys.executable, ROOT / "benchmarks" / script, "--json", folder / "figures.json", *flags]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=folder, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout, json.loads((folder / "figures.json").read_text())
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Return a function that executes a benchmark and returns what it prints and what it writes."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+
+    def run(script, *flags):
+        monkeypatch.setattr(sys, "argv", [script, "--json", str(tmp_path / "figures.json"), *flags])
+        with contextlib.suppress(SystemExit):
+            runpy.run_path(str(ROOT / "benchmarks" / script), run_name="__main__")
+        return capsys.readouterr().out, json.loads((tmp_path / "figures.json").read_text())
+
+    return run
 
 
 @pytest.mark.parametrize("script", RUNS)
-def test_a_benchmark_times_each_variant_in_each_round(script, tmp_path):
-    printed, figures = run(script, tmp_path, "--device", "cpu", "--repeats", "2", *RUNS[script])
+def test_a_benchmark_times_each_variant_in_each_round(script, run):
+    printed, figures = run(script, "--device", "cpu", "--repeats", "2", *RUNS[script])
     times = leaves(figures["seconds"])
     assert len(times) >= 2
     assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in times)
@@ -41,21 +48,9 @@ def test_a_benchmark_times_each_variant_in_each_round(script, tmp_path):
     assert ("share of the peak" in printed) == (script == "end_to_end.py")
 
 
-@pytest.mark.sweep
-def test_cost_against_work_has_a_row_per_change(tmp_path):
-    sizes = ["--processes", "1", "2", "--batch-size", "2", "--input-size", "64", "32", "--pairs", "1"]
-    printed, figures = run("scale.py", tmp_path, "--device", "cpu", "--repeats", "2", "--job", "--depth 2", *sizes)
-    rows = figures["rows"]
-    changes = [(row["processes"], row["batch-size"], row["input-size"], row["pairs"]) for row in rows]
-    assert changes == [(1, 2, 64, 1), (2, 2, 64, 1), (1, 2, 32, 1)]
-    assert [row["images"] for row in rows] == [2, 4, 2]
-    assert all(len(row["seconds"]) == 2 and min(row["seconds"]) > 0 for row in rows)
-    assert len([line for line in printed.splitlines() if line.startswith(("| 1 | 2", "| 2 | 2"))]) == 3
-
-
-def test_gpu_benchmark_passes_on_a_cpu(tmp_path):
+def test_gpu_benchmark_passes_on_a_cpu(run):
     """All checks that need no GPU pass, and every measurement is made, with tiny sizes."""
-    printed, figures = run("gpu.py", tmp_path, "--cpu", "--minutes", "60")
+    printed, figures = run("gpu.py", "--cpu", "--minutes", "60")
     results = {name: check["result"] for name, check in figures["checks"].items()}
     assert [name for name, result in results.items() if result == "SKIP"] == ["no recompilation", "out of memory"]
     assert {"PASS", "SKIP"} == set(results.values())

@@ -45,28 +45,21 @@ def assert_same_pixels(image, expected):
     np.testing.assert_array_equal(np.asarray(image), np.asarray(expected))
 
 
-GRATINGS_DIGEST = "87d2713258d8c49670e0d6eff4b23fd11b99dab2999f4700605b49fb8fb33cbd"
-
-
 def test_gratings_have_the_same_pixels_on_every_machine():
     digest = hashlib.sha256()
     for split, index in (("train", 0), ("train", 1), ("train", 5999), ("val", 0), ("val", 100)):
         digest.update(np.asarray(Gratings(split, 6000)[index][0]).tobytes())
-    digest.update(np.asarray(Gratings("train", 1, image_size=20)[0][0]).tobytes())
-    assert digest.hexdigest() == GRATINGS_DIGEST
+    assert digest.hexdigest() == "a96477f328555a3e6ba3bd307866af6dc1ca3fdd31ef28181766799f60e2af0a"
 
 
-def test_changing_a_grating_does_not_change_the_next_epoch():
-    images = Gratings("train", 10)
+@pytest.mark.parametrize(("length", "kept"), [(10_000, True), (10_001, False)])
+def test_small_gratings_are_kept_and_do_not_change(length, kept):
+    images = Gratings("train", length)
     image = images[7][0]
     before = image.copy()
     image.paste("red", (0, 0, 32, 32))
     assert_same_pixels(images[7][0], before)
-
-
-def test_large_gratings_are_not_kept_in_memory():
-    sizes = {10: True, 10_000: True, 10_001: False}
-    assert {length: Gratings("train", length)._computed is not None for length in sizes} == sizes
+    assert (images._computed is not None) == kept
 
 
 def test_gratings_are_balanced_rgb_images():
@@ -115,32 +108,10 @@ def test_hidden_folders_are_no_classes(tmp_path, capsys):
 def test_links_to_a_parent_repeat_no_images(tmp_path):
     jpeg_folder(tmp_path, ["ant", "bee", "elsewhere/more"], ["val"], images=2)
     (tmp_path / "val/elsewhere").rename(tmp_path / "elsewhere")
-    for link, target in (
-        ("val/ant/up", ".."),
-        ("val/ant/self", "."),
-        ("val/bee/more", "../../elsewhere/more"),
-        ("elsewhere/more/up", ".."),
-        ("elsewhere/more/back", "../../val/bee"),
-    ):
+    links = {"val/ant/up": "..", "val/ant/self": ".", "val/bee/more": "../../elsewhere/more", "elsewhere/more/up": ".."}
+    for link, target in links.items():
         (tmp_path / link).symlink_to(target)
     assert labels(build_dataset("IMNET", "val", tmp_path)) == [0, 0, 1, 1, 1, 1]
-
-
-@pytest.mark.parametrize(
-    ("classes", "empty", "message"),
-    [
-        ([], [], "val does not exist: --data-path needs train/ and val/"),
-        ([], ["val"], r"val has no class folders: .* one folder per class.*datasets\.ImageNet"),
-        (["ant", "bee"], ["val/cow"], "val has classes without images: cow$"),
-        (["caf\u00e9"], ["val/cafe\u0301"], r"two folders of one class: 'cafe\\u0301', 'caf\\xe9'"),
-    ],
-)
-def test_wrong_class_folders_are_named(classes, empty, message, tmp_path):
-    jpeg_folder(tmp_path, classes, ["val"])
-    for name in empty:
-        (tmp_path / name).mkdir()
-    with pytest.raises((FileNotFoundError, ValueError), match=message):
-        build_dataset("IMNET", "val", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -176,25 +147,18 @@ def test_classes_that_do_not_match_are_refused(found, known, message):
         datasets.match_classes(found, known)
 
 
-@pytest.mark.parametrize(("split", "file"), [("train", "train"), ("val", "test")])
-def test_cifar_reads_the_files_of_its_authors(split, file, tmp_path, monkeypatch):
-    """A folder with one image; torchvision gets its checksum instead of the real one."""
-    files = {file: {"data": np.zeros((1, 3072), np.uint8), "fine_labels": [90]}}
+def test_cifar_reads_the_files_of_its_authors(tmp_path, monkeypatch):
+    """Folders of one image; torchvision does not check their sums."""
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    monkeypatch.setattr(CIFAR100, "train_list", [["train", ""]])
+    one = {"data": np.zeros((1, 3072), np.uint8)}
+    files = {"train": one | {"fine_labels": [0]}, "test": one | {"fine_labels": [1]}}
     files["meta"] = {"fine_label_names": [f"class{i}" for i in range(100)]}
     (tmp_path / CIFAR100.base_folder).mkdir()
     for name, content in files.items():
         (tmp_path / CIFAR100.base_folder / name).write_bytes(pickle.dumps(content))
-    md5 = {name: hashlib.md5(pickle.dumps(content)).hexdigest() for name, content in files.items()}
-    monkeypatch.setattr(CIFAR100, "train_list", [[name, md5[name]] for name in files if name == "train"])
-    monkeypatch.setattr(CIFAR100, "test_list", [[name, md5[name]] for name in files if name == "test"])
-    monkeypatch.setattr(CIFAR100, "meta", CIFAR100.meta | {"md5": md5["meta"]})
-    images = build_dataset("CIFAR", split, tmp_path, transform=lambda image: image.size)
-    assert (images[0], len(images), len(images.classes)) == (((32, 32), 90), 1, 100)
-
-
-def test_missing_cifar_is_refused(tmp_path):
-    with pytest.raises(RuntimeError, match=r"CIFAR-100 .*not found or damaged.*cifar-100-python\.tar\.gz"):
-        build_dataset("CIFAR", "train", tmp_path)
+    train, val = (build_dataset("CIFAR", split, tmp_path, lambda image: image.size) for split in ("train", "val"))
+    assert (train[0], val[0], len(val.classes)) == (((32, 32), 0), ((32, 32), 1), 100)
 
 
 @pytest.fixture(params=[("INAT", 2018), ("INAT19", 2019)])
@@ -203,17 +167,11 @@ def inat(tmp_path, request):
     name, year = request.param
     categories = [{"id": i, "name": f"species{i}", "family": f"family{i // 2}", "genus": i} for i in range(4)]
     (tmp_path / "categories.json").write_text(json.dumps(categories))
+    jpeg_folder(tmp_path, ["0", "2", "3"], [f"train_val{year}"])
     for split, species in (("train", [3, 0, 3, 2]), ("val", [2, 3, 0])):
-        files = [f"train_val{year}/Animals/{category}/{split}{i}.jpg" for i, category in enumerate(species)]
-        listing = {
-            "images": [{"id": i, "file_name": file} for i, file in enumerate(files)],
-            "annotations": [{"image_id": i, "category_id": category} for i, category in enumerate(species)],
-        }
+        images = [{"file_name": f"train_val{year}/Animals/{category}/{i}.jpg"} for i, category in enumerate(species)]
+        listing = {"images": images, "annotations": [{"category_id": category} for category in species]}
         (tmp_path / f"{split}{year}.json").write_text(json.dumps(listing))
-        for file in files:
-            path = tmp_path / file.replace("Animals/", "")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            picture(0).save(path)
     return name, tmp_path, year
 
 
@@ -230,19 +188,13 @@ def test_inat_finds_images_where_file_name_says(inat):
     name, path, year = inat
     (path / f"train_val{year}" / "Animals").mkdir()
     (path / f"train_val{year}" / "3").rename(path / f"train_val{year}" / "Animals" / "3")
-    assert build_dataset(name, "train", path, transform=lambda image: image.size)[0] == ((50, 40), 0)
+    assert build_dataset(name, "train", path, transform=lambda image: image.size)[0] == ((40, 30), 0)
 
 
-def test_inat_names_what_is_missing(inat):
-    name, path, year = inat
-    with pytest.raises(ValueError, match=r"--inat-category order is not in .*categories\.json.*family, genus, name"):
+def test_inat_names_the_levels_that_exist(inat):
+    name, path, _ = inat
+    with pytest.raises(ValueError, match=r"--inat-category order is not in .*categories\.json.*family, genus"):
         build_dataset(name, "train", path, inat_category="order")
-    (path / f"train{year}.json").write_text("{")
-    with pytest.raises(ValueError, match=rf"train{year}\.json is not valid JSON"):
-        build_dataset(name, "train", path)
-    (path / f"train{year}.json").unlink()
-    with pytest.raises(FileNotFoundError, match=rf"train{year}\.json does not exist: INAT needs"):
-        build_dataset(name, "train", path)
 
 
 # Decoding
@@ -285,20 +237,19 @@ def test_deep_images_are_scaled_and_not_clipped(tmp_path, pixels, mode):
     assert_same_pixels(loaded, np.arange(256).reshape(16, 16, 1).repeat(3, axis=2))
 
 
-def test_a_constant_deep_image_is_not_divided_by_zero(tmp_path):
-    Image.fromarray(np.full((2, 2), -3, dtype=np.float32)).save(tmp_path / "image.tif")
-    assert np.asarray(datasets.LastImage()(tmp_path / "image.tif")).max() == 0
-
-
+@pytest.mark.filterwarnings("error")
 def test_a_damaged_file_is_named_every_time(tmp_path):
     picture(0).save(tmp_path / "good.jpg")
     (tmp_path / "bad.jpg").write_bytes((tmp_path / "good.jpg").read_bytes()[:300])
     Image.fromarray(np.array([[0, np.nan]], dtype=np.float32)).save(tmp_path / "nan.tif")
+    Image.fromarray(np.full((2, 2), -3, dtype=np.float32)).save(tmp_path / "constant.tif")
     load = datasets.LastImage()
-    for name in ("bad.jpg", "bad.jpg", "nan.tif"):  # the second time must not find half an image
-        with pytest.raises(BadImageError, match=rf"cannot read image .*{name}"):
+    # The second time must not find half an image.
+    for name, reason in (("bad.jpg", ""), ("bad.jpg", ""), ("nan.tif", "pixels that are not finite")):
+        with pytest.raises(BadImageError, match=f"cannot read image .*{name}: .*{reason}"):
             load(tmp_path / name)
     assert load(tmp_path / "good.jpg").size == (50, 40)
+    assert load(tmp_path / "constant.tif").getextrema() == ((0, 0),) * 3  # and no division by zero
 
 
 # Transforms
@@ -329,7 +280,7 @@ def kinds(transform):
     return [tuple(kinds(part)) if isinstance(part, transforms.Compose) else type(part) for part in transform.transforms]
 
 
-CROP, SIMPLE_CROP = RandomResizedCrop, (datasets.BoundedResize, transforms.RandomCrop)
+CROP, SIMPLE_CROP = RandomResizedCrop, (transforms.Resize, transforms.RandomCrop)
 FLIP, JITTER = transforms.RandomHorizontalFlip, transforms.ColorJitter
 
 
@@ -359,60 +310,40 @@ def test_small_images_and_simple_crop_are_padded(input_size, options, padding_mo
     resize, crop = train_transform(input_size, **options).transforms[0].transforms
     assert (resize.size, resize.interpolation.value) == (input_size, options.get("interpolation", "bicubic"))
     assert (crop.size, crop.padding, crop.padding_mode) == ((input_size, input_size), 4, padding_mode)
-    random_crop = train_transform(64, interpolation=options.get("interpolation", "random")).transforms[0]
-    assert getattr(random_crop.interpolation, "value", None) == options.get("interpolation")
 
 
-def test_three_augment_is_one_of_three_operations():
-    (augment,) = (part for part in train_transform(64, three_augment=True).transforms if isinstance(part, AutoAugment))
-    names = sorted(op.name for policy in augment.policy for op in policy)
-    assert names == ["Desaturate", "GaussianBlurRand", "Solarize"]
+@pytest.mark.parametrize(("interpolation", "value"), [("bilinear", "bilinear"), ("random", None)])
+def test_random_crops_are_interpolated_as_asked(interpolation, value):
+    crop = train_transform(64, interpolation=interpolation).transforms[0]
+    assert getattr(crop.interpolation, "value", None) == value
 
 
-@pytest.mark.parametrize("size", [(500, 375), (333, 500), (64, 64), (31, 200), (3000, 40), (7, 900), (1, 255)])
+@pytest.mark.parametrize(
+    ("size", "tolerance"),  # PIL rounds the position of a part
+    [((500, 375), 0), ((333, 500), 0), ((64, 64), 0), ((1, 255), 0), ((3000, 40), 0), ((1798, 7), 2), ((2, 3001), 2)],
+)
 @pytest.mark.parametrize(
     ("input_size", "ratio", "resized"), [(224, 0.875, 256), (64, 0.875, 73), (65, 0.96, 67), (32, 0.875, 32)]
 )
-def test_evaluation_has_the_bits_of_resize_and_center_crop(size, input_size, ratio, resized):
+def test_evaluation_has_the_bits_of_resize_and_center_crop(size, tolerance, input_size, ratio, resized):
     """The shorter side becomes input_size / ratio; images of 32 pixels are taken whole."""
     bicubic = transforms.InterpolationMode.BICUBIC
     reference = transforms.Compose([transforms.Resize(resized, bicubic), transforms.CenterCrop(input_size)])
     image = picture(1, size)
-    expected = np.asarray(reference(image)).transpose(2, 0, 1)
-    assert_same_pixels(eval_transform(input_size, ratio)(image), expected)
-
-
-@pytest.mark.parametrize("size", [(3000, 40), (40, 3001), (7, 900), (900, 7), (1, 255)])
-@pytest.mark.parametrize("input_size", [224, 225])
-def test_the_part_of_a_panorama_is_that_of_the_whole(size, input_size, monkeypatch):
-    image, transform = picture(1, size), eval_transform(input_size)
-    whole = np.asarray(transform(image)).astype(int)
-    monkeypatch.setattr(datasets.BoundedResize, "LIMIT", 2**17)
-    difference = abs(np.asarray(transform(image)).astype(int) - whole)
-    assert difference.max() <= 2  # PIL rounds the position of the part
-    assert (difference > 0).mean() < 1e-3
-
-
-def test_training_takes_a_random_part_of_a_panorama(monkeypatch):
-    monkeypatch.setattr(datasets.BoundedResize, "LIMIT", 2**12)
-    image = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(256, 1)).convert("RGB").resize((2, 5120))
-    transform = train_transform(64, simple_crop=True, hflip=0.0)
-    means = [np.asarray(transform(image)).mean() for _ in range(20)]
-    assert max(means) - min(means) > 50
+    expected = np.asarray(reference(image)).transpose(2, 0, 1).astype(int)
+    assert abs(np.asarray(eval_transform(input_size, ratio)(image)) - expected).max() <= tolerance
 
 
 @pytest.mark.parametrize("size", [(20_000, 2), (1, 5000)])
-@pytest.mark.parametrize("transform", [eval_transform(224), train_transform(64, simple_crop=True)])
-def test_a_panorama_takes_little_memory(size, transform):
+def test_a_panorama_takes_little_memory(size):
     """Resized as a whole it takes up to 2 GB. With 256 MiB of address space left that is a MemoryError."""
     limits = resource.getrlimit(resource.RLIMIT_AS)
     in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (in_use + 2**28, limits[1]))
     try:
-        image = np.asarray(transform(Image.new("RGB", size, (9, 9, 9))))
+        eval_transform(224)(Image.new("RGB", size))
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
-    assert image.shape[0] == 3
 
 
 # Seeds
@@ -443,9 +374,7 @@ def test_samples_depend_on_their_seed_and_not_on_the_workers():
     torch.manual_seed(99)
     alone = epoch(0)
     torch.manual_seed(1)
-    for num_workers in (1, 2):
-        for got, wanted in zip(epoch(num_workers), alone, strict=True):
-            torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+    torch.testing.assert_close(epoch(2), alone, rtol=0, atol=0)
     images, numbers = alone[0]
     assert (images.dtype, numbers.dtype, images.shape) == (torch.uint8, torch.int64, (4, 3, 24, 24))
     assert numbers[0] == numbers[1] == numbers[2]  # the copies of one image, each augmented anew
@@ -454,8 +383,7 @@ def test_samples_depend_on_their_seed_and_not_on_the_workers():
 
 @pytest.mark.parametrize(("drop_last", "sizes"), [(True, [4, 4]), (False, [4, 4, 2])])
 def test_the_last_batch_is_dropped_where_asked(drop_last, sizes):
-    keys = [(i, i) for i in range(10)]
-    loader = build_loader(SeededDataset(RandomImages()), keys, 4, 0, drop_last=drop_last)
+    loader = build_loader(RandomImages(), range(10), 4, 0, drop_last=drop_last)
     assert [len(batch) for _, batch in loader] == sizes
 
 
@@ -470,18 +398,8 @@ def test_the_next_readable_sample_replaces_a_damaged_one(capsys):
     assert capsys.readouterr().out == ""
     with pytest.raises(BadImageError, match=r"7\.jpg"):
         images[7, 0]
-
-
-@pytest.mark.parametrize(("bad", "allowed"), [({2}, 0), (set(range(12)), 99)])
-def test_too_many_damaged_files_are_an_error(bad, allowed):
-    with pytest.raises(BadImageError):
-        SeededDataset(RandomImages(bad), bad_images=allowed)[2, 0]
-
-
-def test_memory_does_not_grow_with_an_absurd_length():
-    images = SeededDataset(Gratings("train", 10**13, transform=train_transform(32)), bad_images=10**13)
-    assert len(images) == 10**13
-    assert images[10**13 - 1, 0][1] == (10**13 - 1) % 24
+    with pytest.raises(BadImageError):  # not in search of a readable one forever
+        SeededDataset(RandomImages(range(12)), bad_images=99)[0, 0]
 
 
 def test_a_sample_of_the_files_is_checked(tmp_path):
@@ -489,10 +407,9 @@ def test_a_sample_of_the_files_is_checked(tmp_path):
     images = build_dataset("IMNET", "val", tmp_path, transform=lambda _: pytest.fail("only decoding is needed"))
     (tmp_path / "val/bee/0.jpg").write_text("no image")
     datasets.check_images(images, num=1)
-    for num in (2, 5, 100):
-        with pytest.raises(BadImageError, match=r"cannot read image .*bee/0\.jpg"):
-            datasets.check_images(images, num)
-    datasets.check_images(Gratings("val", 10**13))
+    with pytest.raises(BadImageError, match=r"cannot read image .*bee/0\.jpg"):
+        datasets.check_images(images, num=2)
+    datasets.check_images(Gratings("val", 1))
 
 
 def test_damaged_files_are_counted_over_the_workers():

