@@ -19,11 +19,6 @@ def test_input_size_and_class_count_are_honored(name):
     assert build(name, 5, input_size=96)(images(96)).shape == (2, 5)
 
 
-@torch.no_grad()
-def test_img_size_among_the_kwargs_wins():
-    assert build(DEIT, input_size=224, img_size=32)(images(32)).shape == (2, 5)
-
-
 def test_dropout_and_stochastic_depth_reach_the_model():
     model = models.build_model(DEIT, 5, input_size=64, kwargs=VIT, drop=0.3, drop_path=0.2)
     assert model.head_drop.p == 0.3
@@ -100,13 +95,6 @@ def test_only_attention_position_and_heads_are_trained():
     trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad and ".attn." not in name}
     assert trained == {"pos_embed", "head", "head_dist"}
     assert all(p.requires_grad for name, p in model.named_parameters() if ".attn." in name)
-    with pytest.raises(utils.UserError, match="resnet18 has no attention blocks"):
-        models.freeze_all_but_attention(build("resnet18"))
-
-
-@pytest.mark.parametrize(("name", "found"), [("resnet18", True), (DEIT, False)])
-def test_batch_norm_is_found(name, found):
-    assert models.has_batch_norm(build(name)) is found
 
 
 def resnet_of_file(path, num_classes, config, pretrained=True):
