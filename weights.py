@@ -216,9 +216,7 @@ def _resample_position_embedding(weights: dict[str, Tensor], own: Mapping[str, T
     if theirs is None or ours is None or theirs.shape == ours.shape or theirs.shape[-1] != ours.shape[-1]:
         return
     old, new = (math.isqrt(math.prod(each.shape[1:-1])) for each in (theirs, ours))
-    prefix, expected = (math.prod(each.shape[1:-1]) - side**2 for each, side in ((theirs, old), (ours, new)))
-    if prefix != expected:
-        raise ValueError(f"pos_embed of {list(theirs.shape)} cannot be resampled to {list(ours.shape)}")
+    prefix = math.prod(theirs.shape[1:-1]) - old**2
     weights["pos_embed"] = resample_abs_pos_embed(
         theirs.flatten(1, -2), [new, new], [old, old], num_prefix_tokens=prefix
     ).view_as(ours)
@@ -232,11 +230,9 @@ def _match_heads(
     Raises:
         ValueError: the file's head does not fit and no fresh one is allowed.
     """
-    ours = next((len(own[f"{head}.weight"]) for head in heads if f"{head}.weight" in own), None)
-    if ours is None:
-        return []
-    theirs = next((len(weights[f"{head}.weight"]) for head in heads if f"{head}.weight" in weights), None)
-    if theirs == ours or (theirs is None and not fresh):  # load_state_dict names missing tensors
+    layers = [f"{head}.weight" for head in heads]
+    ours, theirs = (next((len(each[layer]) for layer in layers if layer in each), None) for each in (own, weights))
+    if ours in (None, theirs) or (theirs is None and not fresh):  # load_state_dict names missing tensors
         return []
     if not fresh:
         raise ValueError(f"its head has {theirs} classes, but {ours} are needed")

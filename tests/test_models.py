@@ -19,6 +19,10 @@ def test_input_size_and_class_count_are_honored(name):
     assert build(name, 5, input_size=96)(images(96)).shape == (2, 5)
 
 
+def test_img_size_among_the_kwargs_wins():
+    assert build(DEIT, input_size=224, img_size=32).patch_embed.img_size == (32, 32)
+
+
 def test_dropout_and_stochastic_depth_reach_the_model():
     model = models.build_model(DEIT, 5, input_size=64, kwargs=VIT, drop=0.3, drop_path=0.2)
     assert model.head_drop.p == 0.3

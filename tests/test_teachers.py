@@ -5,7 +5,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from conftest import STUDENT, TEACHER, tiny_run
-from families import FAMILIES, VIT, build, images
+from families import FAMILIES, VIT, build, images, mae_file
 from timm.data import ImageNetInfo
 
 import main
@@ -74,10 +74,10 @@ ENCODERS = ["small_patch14_dinov2", "base_patch16_clip_224", "base_patch16_sigli
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_feature_distillation_needs_no_logits(name, tmp_path):
-    """An encoder has no head, or one for texts."""
+    """An encoder has no head, or one for texts; its file may have a decoder."""
     name, kwargs = f"vit_{name}", VIT | {"patch_size": 16}
     model = timm.create_model(name, num_classes=0, img_size=64, **kwargs)
-    torch.save(model.state_dict(), tmp_path / "encoder.pth")
+    torch.save(mae_file(model), tmp_path / "encoder.pth")
     flags = (name, kwargs, "fft", "--s-id", 0, 1, "--t-id", 0, 1, "--teacher-path", tmp_path / "encoder.pth")
     _, maps = teacher_for(["ant", "bee"], *flags)(images())
     assert [tuple(each.shape) for each in maps] == [(2, 24, 4, 4)] * 2
