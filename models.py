@@ -139,8 +139,7 @@ def count_classes(name: str, weights: Mapping[str, Tensor], classes: Sequence[st
 
     If timm does not name the head, return the number of `classes`, or None for timm's default.
     """
-    heads = pretrained_config(name).get("classifier") or ()
-    names = (heads,) if isinstance(heads, str) else heads
+    names = head_names(pretrained_config(name))
     counts = [len(weights[f"{head}.weight"]) for head in names if f"{head}.weight" in weights]
     return counts[0] if counts else 0 if names else len(classes) if classes else None
 
@@ -157,7 +156,7 @@ def has_batch_norm(model: nn.Module) -> bool:
 
 def freeze_all_but_attention(model: nn.Module) -> None:
     """Train only attention, position embedding and heads (arXiv 2203.09795); a UserError if there is no attention."""
-    trained = ("pos_embed", *(f"{head}." for head in head_names(model)))
+    trained = ("pos_embed", *(f"{head}." for head in head_names(model_config(model))))
     if not any(".attn." in name for name, _ in model.named_parameters()):
         raise utils.UserError(f"--attn-only: {model_config(model)['architecture']} has no attention blocks")
     for name, parameter in model.named_parameters():

@@ -157,9 +157,9 @@ def model_config(model: nn.Module) -> dict[str, Any]:
     return cast("dict[str, Any]", model.pretrained_cfg)
 
 
-def head_names(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the model's classifier layers; a distilled DeiT has two, a model may have none."""
-    heads = model_config(model).get("classifier") or ()
+def head_names(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of a model's classifier layers; a distilled DeiT has two, a model may have none."""
+    heads = config.get("classifier") or ()
     return (heads,) if isinstance(heads, str) else tuple(heads)
 
 
@@ -191,7 +191,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, head: Liter
         renamed = {key: re.sub(r"\.gamma_([12])$", r".ls\1.gamma", key) for key in weights.keys() - own.keys()}
         weights = {renamed.get(key, key): value for key, value in weights.items()}
         _resample_position_embedding(weights, own)
-        notes = _match_heads(weights, own, head_names(model), head == "fresh")
+        notes = _match_heads(weights, own, head_names(model_config(model)), head == "fresh")
         if head == "fresh":
             notes += _leave_out(weights, own, {"mask_token"} & original.keys())
         try:

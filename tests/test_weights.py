@@ -350,7 +350,7 @@ def test_a_head_for_other_classes_is_refused_or_fresh(name):
         load_weights(model, source)
     note = load_weights(model, source, head="fresh")
     assert note == "the file's head has 7 classes, not 5; a fresh head is trained"
-    assert_loaded(model, source, before, tuple(f"{head}." for head in head_names(model)))
+    assert_loaded(model, source, before, tuple(f"{head}." for head in head_names(model.pretrained_cfg)))
 
 
 def test_a_second_head_that_timm_does_not_name_is_replaced():
