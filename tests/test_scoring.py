@@ -113,14 +113,6 @@ def test_resume_refuses_renamed_classes(model, tmp_path):
         run("--resume", file, "--data-path", folder, *ON_CPU)
 
 
-def test_every_checkpoint_of_a_run_names_its_classes(tmp_path):
-    folder, out = jpeg_folder(tmp_path / "images", ("ant", "bee"), images=2), tmp_path / "run"
-    flags = ["--data-path", folder, "--input-size", 32, *ON_CPU, "--model-kwargs", *STUDENT]
-    run(*flags, "--epochs", 1, "--warmup-epochs", 0, "--batch-size", 2, "--output_dir", out)
-    for name in ("checkpoint.pth", "model_best.pth"):
-        assert torch.load(out / name, weights_only=True)["classes"] == ["ant", "bee"]
-
-
 # ImageNet's names
 
 

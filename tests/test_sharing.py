@@ -14,6 +14,7 @@ from processes import finish, strike
 import analyze
 import main
 import utils
+from datasets import build_dataset
 from flags import complete_args, parse_args, to_arg_lines
 from utils import UserError
 
@@ -88,6 +89,13 @@ def test_the_run_of_run_args_has_the_same_weights(distilled, tmp_path):
     folders = distilled[0], tmp_path / "again"
     first, again = (torch.load(folder / "checkpoint.pth", weights_only=True) for folder in folders)
     torch.testing.assert_close(again["model"], first["model"], rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["checkpoint.pth", "model_best.pth"])
+def test_every_checkpoint_of_a_run_names_its_classes(name, distilled):
+    classes = build_dataset("GRATINGS", "val", None).classes
+    assert torch.load(distilled[0] / name, weights_only=True)["classes"] == classes
 
 
 @pytest.mark.slow
