@@ -39,7 +39,7 @@ def manifold_loss(student: Tensor, teacher: Tensor, tokens: int = 192, index: Te
             generator of the maps' device.
 
     Raises:
-        ValueError: the grids or batches differ.
+        ValueError: the grids differ.
     """
     check_same_grid(student, teacher)
     with torch.autocast(student.device.type, enabled=False):
@@ -87,7 +87,7 @@ class Projector(nn.Module):
         self.requires_grad_(trained)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Return the loss of maps of the same grid; raise a ValueError if the grids or batches differ."""
+        """Return the loss of maps of the same grid; raise a ValueError if the grids differ."""
         check_same_grid(student, teacher)
         dtype = torch.promote_types(student.dtype, self.projector.weight.dtype)
         with torch.autocast(student.device.type, enabled=False):
@@ -96,16 +96,13 @@ class Projector(nn.Module):
 
 
 def check_same_grid(student: Tensor, teacher: Tensor) -> None:
-    """Raise a ValueError unless two maps (B, C, H, W) agree in B, H and W."""
-    for what, s, t in (
-        ("images", student.shape[0], teacher.shape[0]),
-        ("tokens", tuple(student.shape[2:]), tuple(teacher.shape[2:])),
-    ):
-        if s != t:
-            raise ValueError(
-                f"this feature loss needs the same {what} on both sides, not {s} and {t}: "
-                "choose blocks with equal grids, or --feature-loss spectral, mse or mse_plain"
-            )
+    """Raise a ValueError unless two maps (B, C, H, W) agree in H and W."""
+    grids = [tuple(maps.shape[2:]) for maps in (student, teacher)]
+    if grids[0] != grids[1]:
+        raise ValueError(
+            f"this feature loss needs the same tokens on both sides, not {grids[0]} and {grids[1]}: "
+            "choose blocks with equal grids, or --feature-loss spectral, mse or mse_plain"
+        )
 
 
 # Losses without parameters, one function for all pairs, by their names in --feature-loss.
@@ -126,9 +123,6 @@ def build_feature_loss(
 
     Returns:
         One loss for all pairs, or a ModuleList with one per pair.
-
-    Raises:
-        KeyError: there is no such loss.
     """
     if name not in PROJECTORS:
         return PAIR_LOSSES[name]

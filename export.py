@@ -100,17 +100,14 @@ def card_facts(
     Args:
         args: the run's flags by name.
         log: the run's log.txt, which has the accuracy.
-        epoch: the epoch whose weights are exported; None for the best one.
+        epoch: the epoch whose weights are exported; None if it is unknown, and with it the accuracy.
         ema: the exported weights are the moving average.
         command: the command line that repeats the run.
     """
     facts = {}
-    metric = "test_ema_acc" if ema else "test_acc"
-    lines = _read_log(log, f"{metric}1", epoch)
-    if lines:
-        best = max(lines, key=lambda line: line[f"{metric}1"])
-        top5 = f", top-5 {best[f'{metric}5']:.2f}%" if f"{metric}5" in best else ""
-        facts["Accuracy"] = f"top-1 {best[f'{metric}1']:.2f}%{top5} on {args.get('data_set')}, epoch {best['epoch']}"
+    accuracy = _read_log(log, epoch, "test_ema_acc" if ema else "test_acc")
+    if accuracy:
+        facts["Accuracy"] = f"{accuracy} on {args.get('data_set')}, epoch {epoch}"
     facts["Weights"] = "moving average" if ema else "as trained"
     recipe = ("epochs", "input_size", "batch_size", "accum_steps", "world_size", "opt", "lr", "weight_decay", "sched")
     facts["Recipe"] = ", ".join(f"{key.replace('_', ' ')} {args[key]}" for key in recipe if args.get(key) is not None)
@@ -125,9 +122,9 @@ def card_facts(
     return facts
 
 
-def _read_log(path: str | Path | None, metric: str, epoch: int | None) -> list[dict[str, Any]]:
-    """Return the lines of log.txt that have the metric, or only that of the epoch if one is given."""
-    if path is None or not Path(path).is_file():
-        return []
-    lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.startswith("{")]
-    return [line for line in lines if metric in line and epoch in (None, line["epoch"])]
+def _read_log(path: str | Path | None, epoch: int | None, metric: str) -> str:
+    """Return the accuracies that log.txt has for an epoch, or an empty string."""
+    text = Path(path).read_text(encoding="utf-8") if path and Path(path).is_file() else ""
+    stats = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+    found = next((line for line in stats if line["epoch"] == epoch), {})
+    return ", ".join(f"top-{k} {found[f'{metric}{k}']:.2f}%" for k in (1, 5) if f"{metric}{k}" in found)

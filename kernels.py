@@ -47,14 +47,6 @@ def mix_softmax_mix_kernel(
         tl.store(pointers + h * N * N, mixed.to(maps.dtype.element_ty), inside)
 
 
-def launch(maps: Tensor, before: Tensor, after: Tensor, kernel=mix_softmax_mix_kernel) -> None:
-    """Run the kernel on maps (B, H, N, N)."""
-    images, heads, tokens, _ = maps.shape
-    cols = triton.next_power_of_2(tokens)
-    rows = 2 if heads * cols <= MAX_SCORES else 1
-    kernel[(triton.cdiv(tokens, rows), images)](maps, before, after, tokens, heads, rows, cols, num_warps=4)
-
-
 @triton_op("spectralkd::mix_softmax_mix", mutates_args={"maps"})
 def mix_softmax_mix(maps: Tensor, before: Tensor, after: Tensor) -> None:
     """Replace maps (B, H, N, N) with after softmax(before maps), in place, as an operator for torch.compile.
@@ -63,4 +55,8 @@ def mix_softmax_mix(maps: Tensor, before: Tensor, after: Tensor) -> None:
         maps: float16 or bfloat16, contiguous, on CUDA.
         before, after: float32 (H, H), contiguous.
     """
-    launch(maps, before, after, wrap_triton(mix_softmax_mix_kernel))
+    images, heads, tokens, _ = maps.shape
+    cols = triton.next_power_of_2(tokens)
+    rows = 2 if heads * cols <= MAX_SCORES else 1
+    kernel = wrap_triton(mix_softmax_mix_kernel)[(triton.cdiv(tokens, rows), images)]
+    kernel(maps, before, after, tokens, heads, rows, cols, num_warps=4)

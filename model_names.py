@@ -2,7 +2,6 @@
 
 import difflib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -41,8 +40,6 @@ def check_name(name: str) -> None:
         raise utils.UserError(f"model {name}: expected a name of timm, hf-hub:owner/name or local-dir:FOLDER")
     elif CONFIG_READERS[source] is None:
         raise utils.UserError(f"model {name}: timm {timm.__version__} has no {source}: models: install a newer timm")
-    elif source == "local-dir" and not (Path(identifier) / "config.json").is_file():
-        raise utils.UserError(f"model {name}: there is no {identifier}/config.json: give a folder of --export")
 
 
 def pretrained_config(name: str) -> dict[str, Any]:

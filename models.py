@@ -4,6 +4,7 @@ import importlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import timm
@@ -15,21 +16,8 @@ from torch import Tensor, nn
 
 import students  # noqa: F401 registers its models with timm
 import utils
-from model_names import check_name, class_names, pretrained_config, split_name
+from model_names import check_name, class_names, pretrained_config, split_name  # noqa: F401 for the importers of models
 from weights import head_names, load_weights, model_config
-
-__all__ = [
-    "build_model",
-    "build_teacher",
-    "check_name",
-    "class_names",
-    "fast_attention",
-    "freeze_all_but_attention",
-    "has_batch_norm",
-    "import_models",
-    "load_weights",
-    "normalization",
-]
 
 
 def import_models(module: str) -> None:
@@ -81,22 +69,15 @@ def build_model(
 def _create(name: str, num_classes: int | None, pretrained: bool, options: Mapping[str, Any]) -> nn.Module:
     source, identifier = split_name(name)
     timm_name = f"{source}:{identifier}" if source else identifier
-    options = dict(options)
+    create = partial(timm.create_model, timm_name, pretrained=pretrained, num_classes=num_classes)
     with utils.as_user_error(f"timm cannot build {name}: ", Exception):
         if options.get("features_only"):
             raise ValueError("features_only returns feature maps, but logits are needed: leave it out")
-        while True:
-            try:
-                model = timm.create_model(timm_name, pretrained=pretrained, num_classes=num_classes, **options)
-                break
-            except TypeError as error:  # only building shows whether a family has dropout and stochastic depth
-                unknown = [
-                    key for key in ("drop_rate", "drop_path_rate") if key in str(error) and options.get(key) == 0
-                ]
-                if not unknown:
-                    raise
-                for key in unknown:
-                    del options[key]
+        try:
+            model = create(**options)
+        except TypeError:  # only building shows whether a family has dropout and stochastic depth
+            off = {key for key in ("drop_rate", "drop_path_rate") if not options.get(key)}
+            model = create(**{key: value for key, value in options.items() if key not in off})
         if num_classes and _gives_map(model):
             raise ValueError("without global_pool it returns a map, but logits are needed: choose one, such as avg")
     if not getattr(model, "pretrained_cfg", None):  # registered by the user without a config
@@ -158,8 +139,7 @@ def count_classes(name: str, weights: Mapping[str, Tensor], classes: Sequence[st
 
     If timm does not name the head, return the number of `classes`, or None for timm's default.
     """
-    heads = pretrained_config(name).get("classifier") or ()
-    names = (heads,) if isinstance(heads, str) else heads
+    names = head_names(pretrained_config(name))
     counts = [len(weights[f"{head}.weight"]) for head in names if f"{head}.weight" in weights]
     return counts[0] if counts else 0 if names else len(classes) if classes else None
 
@@ -176,7 +156,7 @@ def has_batch_norm(model: nn.Module) -> bool:
 
 def freeze_all_but_attention(model: nn.Module) -> None:
     """Train only attention, position embedding and heads (arXiv 2203.09795); a UserError if there is no attention."""
-    trained = ("pos_embed", *(f"{head}." for head in head_names(model)))
+    trained = ("pos_embed", *(f"{head}." for head in head_names(model_config(model))))
     if not any(".attn." in name for name, _ in model.named_parameters()):
         raise utils.UserError(f"--attn-only: {model_config(model)['architecture']} has no attention blocks")
     for name, parameter in model.named_parameters():
@@ -257,20 +237,14 @@ def fast_attention(model: nn.Module, attention: str = "auto") -> nn.Module:
     """
     if attention == "timm":
         return model
-    kernel = _load_kernel() if attention == "triton" else None
+    kernel = None
+    if attention == "triton":
+        need = "--teacher-attention triton needs Triton and torch 2.6 or newer, otherwise use eager: "
+        with utils.as_user_error(need, ImportError):
+            from kernels import mix_softmax_mix as kernel
     for module in list(model.modules()):
         if type(getattr(module, "attn", None)) is TalkingHeadAttn:
             module.attn = TalkingHeads(module.attn, kernel)
         elif type(module) is WindowAttention and module.qkv.weight.device.type == "cpu":
             module.fused_attn = True
     return model
-
-
-def _load_kernel():
-    try:
-        from kernels import mix_softmax_mix  # Triton is not installed everywhere
-    except ImportError as error:
-        raise utils.UserError(
-            f"--teacher-attention triton needs Triton and torch 2.6 or newer ({error}): use eager"
-        ) from None
-    return mix_softmax_mix

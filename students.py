@@ -11,8 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, deit, generate_default_cfgs, register_model
 from timm.models import vision_transformer as vit
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -26,10 +25,9 @@ class WideningBlock(Block):
 
     def __init__(self, width_in: int, dim: int, norm_layer: Callable[..., nn.Module], **kwargs):
         super().__init__(dim=dim, norm_layer=norm_layer, **kwargs)
-        factory = {key: kwargs[key] for key in ("device", "dtype") if key in kwargs}
         changes = width_in != dim
-        self.proj_in = nn.Linear(width_in, dim, bias=False, **factory) if changes else nn.Identity()
-        self.proj_norm = norm_layer(dim, **factory) if changes else nn.Identity()
+        self.proj_in = nn.Linear(width_in, dim, bias=False) if changes else nn.Identity()
+        self.proj_norm = norm_layer(dim) if changes else nn.Identity()
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         return super().forward(self.proj_norm(self.proj_in(x)), *args, **kwargs)
@@ -43,9 +41,8 @@ class LiftingBlock(Block):
 
     def __init__(self, dim: int, lift_dim: int, **kwargs):
         super().__init__(dim=dim, **kwargs)
-        factory = {key: kwargs[key] for key in ("device", "dtype") if key in kwargs}
-        self.lift = nn.Linear(dim, lift_dim, bias=False, **factory)
-        self.lift_norm = nn.LayerNorm(lift_dim, **factory)
+        self.lift = nn.Linear(dim, lift_dim, bias=False)
+        self.lift_norm = nn.LayerNorm(lift_dim)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         x = super().forward(x, *args, **kwargs)
@@ -73,7 +70,6 @@ class WideLast(VisionTransformer):
         embed_dim: int = 192,
         depth: int | None = None,
         num_heads: int = 3,
-        embed_layer: Callable[..., nn.Module] = vit.PatchEmbed,
         **kwargs,
     ):
         if widths is None:
@@ -94,7 +90,7 @@ class WideLast(VisionTransformer):
             depth=depth,
             num_heads=heads[-1],
             block_fn=block,
-            embed_layer=lambda **options: embed_layer(**options | {"embed_dim": widths[0]}),
+            embed_layer=lambda **options: vit.PatchEmbed(**options | {"embed_dim": widths[0]}),
             **kwargs,
         )
         for name in ("cls_token", "pos_embed"):  # timm initialized them for the last width
@@ -140,37 +136,19 @@ def checkpoint_filter_fn(weights: dict[str, Tensor], model: VisionTransformer) -
 
     WideLast needs no renaming. `models.load_weights` and timm find this function by its name.
     """
-    if any(name.startswith("base_model.") for name in weights):
-        unused = re.compile(r"base_model\.(norm|head)\.")
-        renamed = {
-            r"^base_model\.": "",
-            r"^projections\.(\d+)": r"blocks.\1.lift",
-            r"^layer_norms\.(\d+)": r"blocks.\1.lift_norm",
-        }
-        weights = {name: value for name, value in weights.items() if not unused.match(name)}
-        for pattern, name in renamed.items():
-            weights = {re.sub(pattern, name, old): value for old, value in weights.items()}
+    weights = {name: value for name, value in weights.items() if not re.match(r"base_model\.(norm|head)\.", name)}
+    for pattern, name in (
+        (r"^base_model\.", ""),
+        (r"^projections\.(\d+)", r"blocks.\1.lift"),
+        (r"^layer_norms\.(\d+)", r"blocks.\1.lift_norm"),
+    ):
+        weights = {re.sub(pattern, name, old): value for old, value in weights.items()}
     return vit.checkpoint_filter_fn(weights, model)
 
 
-def _default_cfg() -> dict:
-    """Return DeiT's config with the crop of DeiT's own evaluation: 224 of 256 pixels."""
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "fixed_input_size": True,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-    }
-
-
+# DeiT's config with the crop of DeiT's own evaluation: 224 of 256 pixels.
 default_cfgs = generate_default_cfgs(
-    {"deit_tiny_lift_patch16_224": _default_cfg(), "deit_tiny_widelast_patch16_224": _default_cfg()}
+    {f"deit_tiny_{kind}_patch16_224": deit._cfg(crop_pct=0.875) for kind in ("lift", "widelast")}
 )
 
 

@@ -62,11 +62,6 @@ def test_manifold_draws_anew_for_each_pair_from_the_seeded_generator():
     assert manifold_loss(*maps, tokens=8) == first != second
 
 
-def test_manifold_takes_all_tokens_of_a_small_batch():
-    maps = torch.randn(2, 4, 8, 4, 4, dtype=torch.float64)
-    torch.testing.assert_close(manifold_loss(*maps), manifold_loss(*maps, index=torch.arange(64)))
-
-
 @pytest.mark.parametrize("state", ["init", "trained"])
 @pytest.mark.parametrize(("dtype", "suffix", "rtol"), [(torch.float64, "", 1e-9), (torch.float32, "32", 1e-5)])
 def test_projector_is_the_released_one(state, dtype, suffix, rtol):
@@ -114,13 +109,9 @@ def one_loss(name):
 
 
 @pytest.mark.parametrize("name", ["manifold", "projector"])
-@pytest.mark.parametrize(
-    ("shape", "words"), [((4, 12, 4, 4), r"tokens .*\(2, 2\)"), ((3, 12, 2, 2), "images .*4 and 3")]
-)
-def test_unequal_grids_and_batches_are_refused_in_one_line(name, shape, words):
-    with pytest.raises(ValueError, match=words) as error:
-        one_loss(name)(torch.zeros(4, 12, 2, 2), torch.zeros(shape))
-    assert "\n" not in str(error.value)
+def test_unequal_grids_are_refused_in_one_line(name):
+    with pytest.raises(ValueError, match=r"^this feature loss needs .*\(2, 2\) and \(4, 4\): .*$"):
+        one_loss(name)(torch.zeros(4, 12, 2, 2), torch.zeros(4, 12, 4, 4))
 
 
 @pytest.mark.parametrize("name", ["spectral", "mse", "mse_plain", "manifold", "projector"])

@@ -6,10 +6,8 @@ import torch
 import torchvision
 from families import FAMILIES, VIT, build, images
 
-import builders
 import models
 import utils
-from flags import parse_args
 
 DEIT = "deit_tiny_patch16_224"
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -21,9 +19,8 @@ def test_input_size_and_class_count_are_honored(name):
     assert build(name, 5, input_size=96)(images(96)).shape == (2, 5)
 
 
-@torch.no_grad()
 def test_img_size_among_the_kwargs_wins():
-    assert build(DEIT, input_size=224, img_size=32)(images(32)).shape == (2, 5)
+    assert build(DEIT, input_size=224, img_size=32).patch_embed.img_size == (32, 32)
 
 
 def test_dropout_and_stochastic_depth_reach_the_model():
@@ -65,13 +62,12 @@ def test_wrong_arguments_of_a_model_are_refused(name, kwargs, message):
         ("cait_s24_224.nowhere", r"Invalid pretrained tag \(nowhere\)"),
         ("hf-hub:resnet18", "expected a name of timm, hf-hub:owner/name or local-dir:FOLDER"),
         ("s3:owner/name", "expected a name of timm, hf-hub:owner/name or local-dir:FOLDER"),
-        ("local-dir:nowhere", "no nowhere/config.json|has no local-dir: models"),
+        ("local-dir:nowhere", "cannot read its config.json: .*nowhere|has no local-dir: models"),
     ],
 )
 def test_a_name_that_no_source_has_is_refused(name, message):
-    for check in (models.check_name, lambda name: models.build_model(name, 5)):
-        with pytest.raises(utils.UserError, match=message):
-            check(name)
+    with pytest.raises(utils.UserError, match=message):
+        models.build_model(name, 5)
 
 
 def test_a_name_may_carry_a_source_and_a_pretrained_tag():
@@ -103,13 +99,6 @@ def test_only_attention_position_and_heads_are_trained():
     trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad and ".attn." not in name}
     assert trained == {"pos_embed", "head", "head_dist"}
     assert all(p.requires_grad for name, p in model.named_parameters() if ".attn." in name)
-    with pytest.raises(utils.UserError, match="resnet18 has no attention blocks"):
-        models.freeze_all_but_attention(build("resnet18"))
-
-
-@pytest.mark.parametrize(("name", "found"), [("resnet18", True), (DEIT, False)])
-def test_batch_norm_is_found(name, found):
-    assert models.has_batch_norm(build(name)) is found
 
 
 def resnet_of_file(path, num_classes, config, pretrained=True):
@@ -156,34 +145,3 @@ def test_a_teacher_is_built_at_our_size_or_its_own(name, kwargs, input_size, siz
     assert found == size
     assert not model.training
     assert model(images(size)).ndim == 2
-
-
-def teacher_of(path, source):
-    """Return the frozen teacher that main.py builds beside a DeiT student from the weights of a model."""
-    torch.save(source.state_dict(), path / "teacher.pth")
-    kwargs = [f"{key}={value}" for key, value in VIT.items()]
-    args = parse_args(
-        [
-            *("--data-set", "GRATINGS", "--input-size", "64", "--model", DEIT, "--model-kwargs", *kwargs),
-            *("--distillation-type", "soft", "--s-id", "0", "--t-id", "1", "--teacher-kwargs", *kwargs),
-            *("--teacher-model", source.pretrained_cfg["architecture"], "--teacher-path", str(path / "teacher.pth")),
-        ]
-    )
-    return builders.build_teacher(args, list("abcde"), torch.device("cpu"), builders.build_student(args, 5))
-
-
-@torch.no_grad()
-def test_a_teacher_gets_images_in_its_own_normalization(tmp_path):
-    source, pixels = build("vit_tiny_patch16_224"), images().sigmoid()
-    for_student, for_teacher = (
-        (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-        for mean, std in (IMAGENET, models.normalization(source))
-    )
-    logits, maps = teacher_of(tmp_path, source)(for_student)
-    torch.testing.assert_close(logits, source(for_teacher), rtol=1e-4, atol=1e-5)
-    assert [tuple(each.shape) for each in maps] == [(2, 24, 4, 4)]
-
-
-def test_a_teacher_for_other_classes_is_refused(tmp_path):
-    with pytest.raises(utils.UserError, match="has 7 unnamed classes, but the data set has 5"):
-        teacher_of(tmp_path, build("vit_tiny_patch16_224", 7))

@@ -14,6 +14,7 @@ from processes import finish, strike
 import analyze
 import main
 import utils
+from datasets import build_dataset
 from flags import complete_args, parse_args, to_arg_lines
 from utils import UserError
 
@@ -88,6 +89,13 @@ def test_the_run_of_run_args_has_the_same_weights(distilled, tmp_path):
     folders = distilled[0], tmp_path / "again"
     first, again = (torch.load(folder / "checkpoint.pth", weights_only=True) for folder in folders)
     torch.testing.assert_close(again["model"], first["model"], rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["checkpoint.pth", "model_best.pth"])
+def test_every_checkpoint_of_a_run_names_its_classes(name, distilled):
+    classes = build_dataset("GRATINGS", "val", None).classes
+    assert torch.load(distilled[0] / name, weights_only=True)["classes"] == classes
 
 
 @pytest.mark.slow
@@ -168,21 +176,18 @@ def wandb(tmp_path):
 
 @pytest.mark.slow
 def test_wandb_ends_with_a_stopped_run_and_resumes_it(wandb, tmp_path):
+    """A run that starts again has a new id."""
     before, calls = wandb
-    flags = tiny_run("--epochs", 3, "--output_dir", tmp_path / "out", "--wandb", "project", "--resume", "auto")
+    flags = tiny_run("--epochs", 2, "--output_dir", tmp_path / "out", "--wandb", "project")
     finish(128 + signal.SIGTERM, *flags, before=f"{before}\n{strike(signal.SIGTERM, step=6)}")
-    finish(0, *flags, before=before)
-    (init, log, end), second = calls()[:3], calls()[3:]
-    assert (init[0], log[:2], end) == ("init", ["log", 0], ["finish", 1])
-    assert [call[:2] for call in second] == [init, ["log", 1], ["log", 2], ["finish", 0]]
-    assert [init[1][name] for name in ("project", "name", "resume")] == ["project", "out", "allow"]
-
-
-@pytest.mark.slow
-def test_wandb_gets_a_new_id_when_a_run_starts_again(wandb, tmp_path):
-    for _ in range(2):
-        finish(0, *tiny_run("--output_dir", tmp_path / "out", "--wandb", "project", "--overwrite"), before=wandb[0])
-    assert len({call[1]["id"] for call in wandb[1]() if call[0] == "init"}) == 2
+    finish(0, *flags, "--resume", "auto", before=before)
+    finish(0, *flags, "--epochs", 1, "--overwrite", before=before)
+    first, second, third = calls()[:3], calls()[3:6], calls()[6:]
+    (_, options), (_, again) = first[0], third[0]
+    assert [call[:2] for call in first[1:]] == [["log", 0], ["finish", 1]]
+    assert [call[:2] for call in second] == [first[0], ["log", 1], ["finish", 0]]
+    assert [options[name] for name in ("project", "name", "resume")] == ["project", "out", "allow"]
+    assert options["id"] != again["id"]
 
 
 def test_a_missing_wandb_is_one_line(tmp_path, monkeypatch):
@@ -247,7 +252,6 @@ def test_a_missing_module_of_models_is_one_line():
 # Defaults made for ImageNet
 
 
-@pytest.mark.slow
 def test_an_ema_too_slow_for_the_run_is_a_warning(capsys):
-    run(*tiny_run("--epochs", 5))  # of 4 steps each
+    run(*tiny_run("--epochs", 5, "--dry-run"))  # of 4 steps each
     assert "an EMA decay of 0.99996 is too slow for 20 steps: try --model-ema-decay 0.5" in capsys.readouterr().out

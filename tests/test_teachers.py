@@ -5,7 +5,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from conftest import STUDENT, TEACHER, tiny_run
-from families import FAMILIES, VIT, build, images
+from families import FAMILIES, VIT, build, images, mae_file
 from timm.data import ImageNetInfo
 
 import main
@@ -17,61 +17,56 @@ from model_names import CONFIG_READERS
 from utils import UserError
 
 CLASSES = ["n02979186", "n01440764", "n03000684"]  # of Imagenette, not in the order of ImageNet
+LOGITS = ["soft", "--w-fft", 0]
 has_local_dir = pytest.mark.skipif(CONFIG_READERS["local-dir"] is None, reason="old timm")
 
 
-def pairs(kwargs):
-    return [f"{key}={value!r}" for key, value in kwargs.items()]
-
-
-def teacher_flags(name, kwargs, kind, *more):
-    """Return flags of a tiny DeiT on 64 pixels and of a teacher without a feature loss."""
-    student = ["--data-set", "GRATINGS", "--input-size", "64", "--model-kwargs", *pairs(VIT), "--device", "cpu"]
-    teacher = ["--teacher-model", name, "--teacher-kwargs", *pairs(kwargs), "--distillation-type", kind]
-    return parse_args([*student, *teacher, *map(str, more)])
-
-
-def teacher_for(classes, *flags):
-    """Return the frozen teacher that main.py builds."""
-    args = teacher_flags(*flags)
+def teacher_for(classes, name, kwargs, *flags):
+    """Return the frozen teacher that main.py builds for a tiny DeiT on 64 pixels; `flags` begin with the kind."""
+    student, teacher = ([f"{key}={value!r}" for key, value in each.items()] for each in (VIT, kwargs))
+    flags = ["--model-kwargs", *student, "--teacher-kwargs", *teacher, "--distillation-type", *map(str, flags)]
+    args = parse_args(["--data-set", "GRATINGS", "--input-size", "64", "--teacher-model", name, *flags])
     return build_teacher(args, classes, torch.device("cpu"), build_student(args, len(classes)))
 
 
 @pytest.fixture
-def imagenet_teacher(tmp_path):
-    """A teacher with 1000 classes, and arguments that make timm use its weights as pretrained ones."""
+def taught_by(tmp_path):
+    """Return a function like `teacher_for` whose teacher takes its weights from a file of a model."""
+
+    def teacher(source, taught, *flags, classes=None):
+        torch.save({"model": source.state_dict(), "classes": classes}, tmp_path / "teacher.pth")
+        name = source.pretrained_cfg["architecture"]
+        return teacher_for(taught, name, FAMILIES.get(name, VIT), *flags, "--teacher-path", tmp_path / "teacher.pth")
+
+    return teacher
+
+
+def assert_logits(teacher, expected):
+    torch.testing.assert_close(teacher(images())[0], expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_an_imagenet_teacher_teaches_a_part_of_its_classes(taught_by, tmp_path):
+    """This holds for timm's weights and for a file of them without class names."""
     source = build("resnet18", 1000)
     torch.save(source.state_dict(), tmp_path / "hub.pth")
-    return source, FAMILIES["resnet18"] | {"pretrained_cfg_overlay": {"file": str(tmp_path / "hub.pth")}}
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("from_file", [False, True])
-def test_an_imagenet_teacher_teaches_a_part_of_its_classes(from_file, imagenet_teacher, tmp_path):
-    """This holds for timm's weights and for a file of them without class names."""
-    source, kwargs = imagenet_teacher
-    more = ["--teacher-path", tmp_path / "hub.pth"] if from_file else []
-    teacher = teacher_for(CLASSES, "resnet18", kwargs, "soft", "--w-fft", 0, *more)
+    pretrained = FAMILIES["resnet18"] | {"pretrained_cfg_overlay": {"file": str(tmp_path / "hub.pth")}}
     index = [ImageNetInfo("imagenet-1k").label_names().index(name) for name in CLASSES]
-    torch.testing.assert_close(teacher(images())[0], source(images())[:, index], rtol=1e-4, atol=1e-5)
-
-
-@torch.no_grad()
-def test_a_teachers_checkpoint_brings_its_classes(tmp_path):
-    source = build("resnet18", 4)
-    known = ["ant", "cat", "bee", "dog"]
-    torch.save({"model": source.state_dict(), "classes": known}, tmp_path / "teacher.pth")
-    flags = ("resnet18", FAMILIES["resnet18"], "soft", "--w-fft", 0, "--teacher-path", tmp_path / "teacher.pth")
-    teacher = teacher_for(["ant", "bee"], *flags)
-    torch.testing.assert_close(teacher(images())[0], source(images())[:, [0, 2]], rtol=1e-4, atol=1e-5)
-    with pytest.raises(UserError, match=r"--teacher-path .*: 1 of 2 classes are unknown to the model: wasp"):
-        teacher_for(["ant", "wasp"], *flags)
-
-
-def test_a_teacher_of_other_classes_is_refused(imagenet_teacher):
+    for teacher in (teacher_for(CLASSES, "resnet18", pretrained, *LOGITS), taught_by(source, CLASSES, *LOGITS)):
+        assert_logits(teacher, source(images())[:, index])
     message = "the teacher resnet18: 2 of 2 classes are unknown to the model: ant, bee; .*fine-tune it .*--teacher-path"
     with pytest.raises(UserError, match=message):
-        teacher_for(["ant", "bee"], "resnet18", imagenet_teacher[1], "soft", "--w-fft", 0)
+        teacher_for(["ant", "bee"], "resnet18", pretrained, *LOGITS)
+
+
+@torch.no_grad()
+def test_a_teachers_checkpoint_brings_its_classes(taught_by):
+    source, known = build("resnet18", 4), ["ant", "cat", "bee", "dog"]
+    assert_logits(taught_by(source, ["ant", "bee"], *LOGITS, classes=known), source(images())[:, [0, 2]])
+    with pytest.raises(UserError, match=r"--teacher-path .*: 1 of 2 classes are unknown to the model: wasp"):
+        taught_by(source, ["ant", "wasp"], *LOGITS, classes=known)
+    with pytest.raises(UserError, match="has 4 unnamed classes, but the data set has 2"):
+        taught_by(source, ["ant", "bee"], *LOGITS)
 
 
 ENCODERS = ["small_patch14_dinov2", "base_patch16_clip_224", "base_patch16_siglip_224", "base_patch16_224.mae"]
@@ -79,29 +74,35 @@ ENCODERS = ["small_patch14_dinov2", "base_patch16_clip_224", "base_patch16_sigli
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_feature_distillation_needs_no_logits(name, tmp_path):
-    """An encoder has no head, or one for texts."""
+    """An encoder has no head, or one for texts; its file may have a decoder."""
     name, kwargs = f"vit_{name}", VIT | {"patch_size": 16}
     model = timm.create_model(name, num_classes=0, img_size=64, **kwargs)
-    torch.save(model.state_dict(), tmp_path / "encoder.pth")
+    torch.save(mae_file(model), tmp_path / "encoder.pth")
     flags = (name, kwargs, "fft", "--s-id", 0, 1, "--t-id", 0, 1, "--teacher-path", tmp_path / "encoder.pth")
     _, maps = teacher_for(["ant", "bee"], *flags)(images())
     assert [tuple(each.shape) for each in maps] == [(2, 24, 4, 4)] * 2
 
 
-def test_feature_distillation_ignores_the_teachers_classes(tmp_path):
-    torch.save(build("vit_tiny_patch16_224", 7).state_dict(), tmp_path / "teacher.pth")
-    flags = ("vit_tiny_patch16_224", VIT, "fft", "--s-id", 0, "--t-id", 1, "--teacher-path", tmp_path / "teacher.pth")
-    assert teacher_for(["ant", "bee"], *flags)(images())[0].shape == (2, 7)
+def test_feature_distillation_ignores_the_teachers_classes(taught_by):
+    """Also: `all` pairs models with equally many blocks."""
+    ids = ["fft", "--s-id", "all", "--t-id", "all"]
+    logits, maps = taught_by(build("vit_tiny_patch16_224", 7), ["ant", "bee"], *ids)(images())
+    assert (logits.shape, len(maps)) == ((2, 7), VIT["depth"])
 
 
 @torch.no_grad()
-def test_a_teacher_of_a_fixed_size_gets_resized_images(tmp_path, capsys):
-    name, kwargs = "levit_128s", FAMILIES["levit_128s"]
-    source = build(name, 2, input_size=224)
-    torch.save(source.state_dict(), tmp_path / "teacher.pth")
-    teacher = teacher_for(["a", "b"], name, kwargs, "soft", "--w-fft", 0, "--teacher-path", tmp_path / "teacher.pth")
+def test_a_teacher_gets_images_in_its_own_normalization(taught_by):
+    source, pixels = build("vit_tiny_patch16_224", 2), images().sigmoid()
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    logits, _ = taught_by(source, ["ant", "bee"], *LOGITS)((pixels - mean) / std)  # as the student gets them
+    torch.testing.assert_close(logits, source((pixels - 0.5) / 0.5), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_teacher_of_a_fixed_size_gets_resized_images(taught_by, capsys):
+    source = build("levit_128s", 2, input_size=224)
     resized = F.interpolate(images(64), size=(224, 224), mode="bicubic", antialias=True)
-    torch.testing.assert_close(teacher(images(64))[0], source(resized), rtol=1e-4, atol=1e-5)
+    assert_logits(taught_by(source, ["a", "b"], *LOGITS), source(resized))
     assert "takes images of 224 pixels: the student's images (64 pixels) are resized for it" in capsys.readouterr().out
 
 
@@ -119,26 +120,22 @@ def test_exported_folders_are_models_and_teachers(tmp_path, capsys):
     assert "blocks.3 [24, 4, 4] <- teacher blocks.5 [48, 4, 4]" in capsys.readouterr().out
 
 
-def test_a_teacher_is_the_model_of_its_run_unless_named():
-    """With its arguments, which do not go with another model."""
-    stored = {"model": "vit_tiny_patch16_224", "model_kwargs": {"depth": 3}}
-    kinds = ["--data-set", "GRATINGS", "--distillation-type", "soft", "--w-fft", "0"]
-    for more, expected in (
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
         ([], ("vit_tiny_patch16_224", {"depth": 3})),
         (["--teacher-kwargs", "depth=4"], ("vit_tiny_patch16_224", {"depth": 4})),
         (["--teacher-model", "cait_s24_224"], ("cait_s24_224", {})),
-    ):
-        args = complete_teacher(parse_args([*kinds, *more]), stored)
-        assert (args.teacher_model, args.teacher_kwargs) == expected
-
-
-def test_all_pairs_models_with_equally_many_blocks(tmp_path):
-    torch.save(build("vit_tiny_patch16_224").state_dict(), tmp_path / "teacher.pth")
-    flags = ("vit_tiny_patch16_224", VIT, "fft", "--teacher-path", tmp_path / "teacher.pth", "--s-id", "all", "--t-id")
-    assert len(teacher_for(["ant", "bee"], *flags, "all")(images())[1]) == VIT["depth"]
+    ],
+)
+def test_a_teacher_is_the_model_of_its_run_unless_named(flags, expected):
+    """With its arguments, which do not go with another model."""
+    stored = {"model": "vit_tiny_patch16_224", "model_kwargs": {"depth": 3}}
+    args = parse_args(["--data-set", "GRATINGS", "--distillation-type", *map(str, LOGITS), *flags])
+    args = complete_teacher(args, stored)
+    assert (args.teacher_model, args.teacher_kwargs) == expected
 
 
 def test_the_help_explains_block_ids():
-    assert "indices into timm's feature_info (ViT: blocks, Swin: stages), or all" in " ".join(
-        main.get_args_parser().format_help().split()
-    )
+    words = " ".join(main.get_args_parser().format_help().split())
+    assert "indices into timm's feature_info (ViT: blocks, Swin: stages), or all" in words
