@@ -27,8 +27,10 @@ import models
 import parsing
 from analyses import SHARES, one_of_each_class, rank_analysis
 from engine import evaluate
+from faults import exit_codes, init_distributed
 from spectral import FeatureHooks, describe_blocks
-from utils import UserError, as_user_error, error_line
+from tables import align
+from utils import UserError, as_user_error
 from weights import extract_weights, load_checkpoint
 
 PUBLISHED = Path(__file__).parent / "recipes" / "published.json"
@@ -49,12 +51,12 @@ class Row(NamedTuple):
 def get_args_parser() -> parsing.Parser:
     parser = parsing.Parser("Check published numbers that need no training.")
     parser.add_argument("--data-path", required=True, help="folder of ImageNet; only val/<class>/ is needed")
-    parser.add_argument("--weights", default="", help="folder of weights, each file named after its model")
-    parser.add_argument("--logs", default="", help="folder of the released logs, NAME.txt")
+    parser.add_argument("--weights", default=".", help="folder of weights, each file named after its model")
+    parser.add_argument("--logs", default=".", help="folder of the released logs, NAME.txt")
     parser.add_argument("--published", default=str(PUBLISHED), help="the numbers to compare with")
     parser.add_argument("--batch-size", type=parsing.number(int, 1), default=64, help="images per batch")
     parser.add_argument("--num_workers", type=parsing.number(int, 0), default=10, help="data loading workers")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    parser.add_argument("--device", default="auto", help="cuda, cuda:N or cpu; auto: cuda if there is a GPU")
     return parser
 
 
@@ -62,7 +64,7 @@ class Images:
     """The validation images, with each model's own transform."""
 
     def __init__(self, args: argparse.Namespace, num_classes: int):
-        self.args, self.device = args, torch.device(args.device)
+        self.args, self.device = args, init_distributed(args.device)
         with as_user_error("", ValueError, OSError, RuntimeError):
             found = len(set(datasets.labels(datasets.build_dataset("IMNET", "val", args.data_path))))
         if found != num_classes:
@@ -80,21 +82,20 @@ def build(name: str, folder: str, num_classes: int, kwargs: dict, device: torch.
     """Build a model with the weights in `folder`, or with timm's own.
 
     Raises:
-        UserError: there are no weights; the message names their source.
+        UserError: there are no weights, or they do not fit; the message names their source.
     """
     files = [Path(folder, name + ending) for ending in (".pth", ".safetensors")]
-    found = next((file for file in files if folder and file.is_file()), None)
+    found = next((file for file in files if file.is_file()), None)
     source = timm.models.get_pretrained_cfg(name).hf_hub_id
-    if found is None and not source:
-        raise UserError(f"no weights: get the checkpoint from {STUDENTS} and save it as {files[0]}")
-    try:
-        model = models.build_model(name, num_classes, kwargs=kwargs, pretrained=found is None)
-    except UserError as error:
+    hint = f"get {source} from the Hugging Face Hub and save it as {files[1]}"
+    if not source:
+        hint = f"get the checkpoint from {STUDENTS} and save it as {files[0]}"
+    if not (found or source):
+        raise UserError(hint)
+    with as_user_error(f"{hint}: ", UserError):
+        model = models.build_model(name, num_classes, kwargs=kwargs, pretrained=not found)
         if found:
-            raise
-        raise UserError(f"no weights ({error}): get {source} from the Hugging Face Hub as {files[1]}") from error
-    if found:
-        models.load_weights(model, extract_weights(load_checkpoint(found)))
+            models.load_weights(model, extract_weights(load_checkpoint(found)))
     return model.to(device).eval()
 
 
@@ -118,7 +119,6 @@ def check_ranks(model: nn.Module, images: Images, name: str, published: dict[str
             yield hooks.pop()[0]
 
     found, rows = rank_analysis(maps), []
-    hooks.remove()
     for kind, expected in published.items():
         measured = [round(value) for value in found[kind]]
         off = [m - e for m, e in zip(measured, expected, strict=True)]
@@ -166,14 +166,6 @@ def check_model(name: str, args: argparse.Namespace, images: Images, published: 
     return rows + (check_ranks(model, images, name, ranks) if ranks else [])
 
 
-def report(rows: Sequence[Row]) -> str:
-    """Return the rows as an aligned Markdown table."""
-    table = [Row("check", "published", "measured", "verdict"), *rows]
-    widths = [max(len(row[i]) for row in table) for i in range(4)]
-    table.insert(1, Row(*("-" * width for width in widths)))
-    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in table)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all checks, print the report, and return the exit code."""
     args = get_args_parser().parse_args(argv)
@@ -184,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = [row for name in names for row in check_model(name, args, images, published)]
     logs = [row for row in published["results"] if row["log"] and row["global_batch"]]
     rows += [check_schedule(Path(args.logs, f"{row['log']}.txt"), row["global_batch"]) for row in logs]
-    print(report(rows))
+    print("\n".join(align([row._asdict() for row in rows])))
     passed = sum(row.verdict == "PASS" for row in rows)
     skipped = sum(row.verdict.startswith("not checked") for row in rows)
     print(f"\n{passed} passed, {len(rows) - passed - skipped} differ, {skipped} not checked")
@@ -192,8 +184,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_codes():
         sys.exit(main())
-    except UserError as error:
-        print(error_line(error), file=sys.stderr)
-        sys.exit(2)
