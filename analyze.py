@@ -37,7 +37,7 @@ import utils
 from builders import forward_errors
 from checkpoint import CheckpointFolder
 from faults import exit_codes, init_distributed
-from flags import DATA_SETS, INAT_CATEGORIES
+from flags import DATA_SETS
 from parsing import KeyValues, Parser, number, stored_kwargs
 from utils import UserError, as_user_error
 from weights import extract_weights, load_checkpoint, stored_args
@@ -89,7 +89,6 @@ def get_args_parser() -> Parser:
     add = parser.add_argument_group("data").add_argument
     add("--data-set", choices=DATA_SETS, help="data set; default: the first run's, or IMNET")
     add("--data-path", help="folder of the data set, val/ is enough; default: the first run's")
-    add("--inat-category", choices=INAT_CATEGORIES, help="taxonomic level of the classes (INAT*); default: name")
     add("--input-size", type=number(int, 1), help="image size in pixels; default: each model's own")
     ratio = "center crop ratio, or own: each model's crop and interpolation; default: the first run's, or 0.875"
     add("--eval-crop-ratio", type=crop_ratio, help=ratio)
@@ -187,13 +186,14 @@ def read_subject(name: str | None, model: str | None, path: str | None, args: ar
     size = args.input_size or run.get("input_size")
     utils.seed_everything(args.seed)
     with as_user_error(f"{name or model}: ", UserError, ValueError):
-        timms = not (path or args.random)
-        network = models.build_model(model, None, input_size=size, kwargs=kwargs, pretrained=timms).eval()
+        pretrained = not (path or args.random)
+        network = models.build_model(model, None, input_size=size, kwargs=kwargs, pretrained=pretrained).eval()
         if path:  # the head may have any number of classes, because blocks do not depend on it
             models.load_weights(network, weights, head="fresh")
         blocks = spectral.describe_blocks(network)
     size = size or network.pretrained_cfg["input_size"][-1]
-    return Subject(name or model, model, path or ("timm" if timms else "random"), size, run, network, blocks)
+    source = path or ("random" if args.random else "timm")
+    return Subject(name or model, model, source, size, run, network, blocks)
 
 
 def build_data(args: argparse.Namespace, subjects: list[Subject]) -> tuple[torch.utils.data.Dataset, dict]:
@@ -209,7 +209,7 @@ def build_data(args: argparse.Namespace, subjects: list[Subject]) -> tuple[torch
     path = args.data_path or run.get("data_path")
     if name != "GRATINGS" and not path:
         raise UserError(f"--data-set {name} needs --data-path, the folder of its images")
-    category = args.inat_category or run.get("inat_category", "name")
+    category = run.get("inat_category", "name")
     _, size = run.get("gratings_sizes") or (None, None)
     with as_user_error("", ValueError, OSError, RuntimeError):
         dataset = datasets.build_dataset(name, "val", path, inat_category=category, num_images=size)
@@ -224,7 +224,7 @@ def build_data(args: argparse.Namespace, subjects: list[Subject]) -> tuple[torch
 
 @torch.no_grad()
 def feature_maps(subject: Subject, dataset, data: dict, device, args) -> Iterator[list[torch.Tensor]]:
-    """Run a model on the images, and yield the maps of all blocks for each batch."""
+    """Run a model on the images, and yield the maps (B, C, H, W) of its blocks for each batch."""
     network = subject.network.to(device)
     with as_user_error(f"{subject.name}: ", ValueError):
         hooks = spectral.FeatureHooks(network, range(len(subject.blocks)))
@@ -234,8 +234,7 @@ def feature_maps(subject: Subject, dataset, data: dict, device, args) -> Iterato
         dataset.transform = datasets.eval_transform(subject.input_size, data["crop_ratio"])
     prepare = datasets.Prepare(*models.normalization(network), device=device)
     workers = min(args.num_workers, math.ceil(len(data["images"]) / args.batch_size))
-    pin = device.type == "cuda"
-    loader = datasets.build_loader(dataset, data["images"], args.batch_size, workers, drop_last=False, pin_memory=pin)
+    loader = datasets.build_loader(dataset, data["images"], args.batch_size, workers, drop_last=False)
     with as_user_error("", datasets.BadImageError):
         for images, _ in tqdm(loader, desc=subject.name, unit="batch", disable=None):
             with forward_errors(subject.name, subject.input_size):
@@ -377,11 +376,10 @@ def main(args: argparse.Namespace) -> None:
     subjects = [analyze(subject, dataset, data, device, args) for subject in itertools.chain(subjects, later)]
     if args.milestones:
         log_milestones(subjects)
-    else:
-        for subject in subjects:
+    for subject in subjects:
+        if not args.milestones:
             log_curves(subject)
-    if args.ranks:
-        for subject in subjects:
+        if args.ranks:
             log_ranks(subject)
     pairs = suggest(args, student_blocks, subjects[0]) if args.suggest else None
     if not args.output_dir:

@@ -194,10 +194,9 @@ def draw_training(table: list) -> Figure:
         label = row["method"] if one_student else f"{row['run']}: {row['method']}"
         label = ", ".join([label, *(f"{name} {text(x)}" for name, x in row["varied"].items() if x not in (None, []))])
         for j, run in enumerate(runs):
-            for name, axis in axes.items():
-                points = [(epoch + 1, stats.get(name)) for epoch, stats in sorted(run.epochs.items())]
-                points = [point for point in points if point[1]]  # unused terms are logged as zero
-                axis.plot([x for x, _ in points], [y for _, y in points], label=None if j else label, **style)
+            for name, axis in axes.items():  # unused terms are logged as zero
+                points = [(epoch + 1, stats[name]) for epoch, stats in sorted(run.epochs.items()) if stats.get(name)]
+                axis.plot(*np.reshape(points, (-1, 2)).T, label=None if j else label, **style)
     for name, axis in axes.items():
         axis.set_title(TERMS.get(name, "top-1 on the validation set, %"), loc="left", fontsize=10)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))

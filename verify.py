@@ -128,26 +128,18 @@ def check_ranks(model: nn.Module, images: Images, name: str, published: dict[str
     return rows
 
 
-def scheduled_rates(epochs: int, batch: int) -> list[float]:
-    """Return the learning rate of each epoch under the default flags, as main.py sets it."""
-    settings = ["--data-set", "GRATINGS", "--epochs", str(epochs), "--batch-size", str(batch), "--device", "cpu"]
-    optimizer, scheduler, _ = builders.build_optimizer(flags.parse_args(settings), nn.Linear(1, 1), nn.Module())
-    rates = []
-    for epoch in range(epochs):
-        rates.append(optimizer.param_groups[0]["lr"])
-        scheduler.step(epoch)
-    return rates
-
-
 def check_schedule(log: Path, batch: int) -> Row:
-    """Compare the learning rates in a released log with main.py's; a missing or unreadable log is not checked."""
+    """Compare the learning rates in a released log with those that main.py sets under the default flags."""
     check = f"learning rates of {log.stem}"
-    try:
-        lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
-        logged = [float(line["train_lr"]) for line in lines]
-    except (OSError, ValueError, KeyError, TypeError):
+    if not log.is_file():
         return Row(check, "", "", f"not checked: get {log.name} from {LOGS} and give its folder as --logs")
-    ours = scheduled_rates(len(logged), batch)
+    logged = [json.loads(line)["train_lr"] for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
+    settings = f"--data-set GRATINGS --epochs {len(logged)} --batch-size {batch} --device cpu"
+    optimizer, scheduler, _ = builders.build_optimizer(flags.parse_args(settings.split()), nn.Linear(1, 1), nn.Module())
+    ours = []
+    for epoch in range(len(logged)):
+        ours.append(optimizer.param_groups[0]["lr"])
+        scheduler.step(epoch)
     worst = max(abs(a - b) / b for a, b in zip(ours, logged, strict=True))
     verdict = "PASS" if worst < 1e-9 else f"differs by {worst:.1e} of the rate"
     return Row(check, f"{max(logged):.6e} at most", f"{max(ours):.6e} at most", verdict)

@@ -32,13 +32,6 @@ def test_entropy_and_magnitude_are_the_released_ones():
     np.testing.assert_allclose(found["entropy"], golden["entropy_50_bins"], rtol=1e-9)
 
 
-def test_entropy_over_the_own_range_ignores_the_scale():
-    maps = torch.randn(2, 24, 4, 4, dtype=torch.float64)
-    found = entropy_of(torch.stack([maps, 8 * maps]))
-    assert found["entropy_own_range"][0] == pytest.approx(found["entropy_own_range"][1].item())
-    assert found["entropy"][0] < found["entropy"][1] - 1
-
-
 def test_constant_features_have_no_entropy():
     found = entropy_of(torch.full((1, 2, 24, 4, 4), 3.0))
     assert found["entropy"].item() == found["entropy_own_range"].item() == 0
@@ -136,7 +129,6 @@ def test_pairs_are_ascending_and_the_best_for_all_depths():
     ("student", "teacher", "message"),
     [
         ([16] * 4, [16] * 12, "5 pairs: the student has only 4 blocks"),
-        ([16] * 12, [16] * 4, "5 pairs: the teacher has only 4 blocks"),
         ([2, 4, 8, 16, 32], STAGES, "5 pairs: the student has only 4 stages of equal resolution"),
     ],
 )
