@@ -267,6 +267,7 @@ def test_a_run_folder_provides_model_and_data(ema, tmp_path, capsys, monkeypatch
     monkeypatch.setattr(plots, "draw", lambda *_: {})  # drawing takes most of the time
     run("--compare", f"run={tmp_path}", "--output_dir", tmp_path, *["--ema"] * ema)
     assert "32 validation images of GRATINGS, drawn by seed 0" in capsys.readouterr().out
+    assert max(images_in(tmp_path)) < 48
     tokens = tokens_by_hand(average if ema else network, images_in(tmp_path), 48, (0.5,) * 3, (0.5,) * 3)
     assert_intensity(numbers(tmp_path)["run/intensity"], tokens)
 
