@@ -4,10 +4,11 @@ Symbols as in spectral.py: B images, C channels, an H x W grid of N = H W patch 
 """
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,24 +30,16 @@ def entropy_over_depth(batches: Callable[[], Iterable[Sequence[Tensor]]], bins: 
 
     Returns:
         float64 (blocks,) on the CPU: `entropy` and `entropy_own_range` in bits, and `magnitude`, the mean of |maps|.
-
-    Raises:
-        ValueError: there are no images.
     """
-    limits = [torch.stack([torch.stack(torch.aminmax(m)).double() for m in maps]) for maps in batches()]
-    if not limits:
-        raise ValueError("there are no images to analyze")
-    lows, highs = torch.stack(limits).unbind(-1)  # (batches, blocks)
-    ranges = torch.stack((lows.amin(0), highs.amax(0)), dim=1)
-    low, high = ranges[:, 0].min(), ranges[:, 1].max()
-    images, sums = 0, torch.zeros(3, len(ranges), dtype=torch.float64)
+    limits = torch.stack([torch.stack([torch.stack(torch.aminmax(m)) for m in maps]) for maps in batches()]).double()
+    lows, highs = limits[..., 0].amin(0), limits[..., 1].amax(0)  # of each block
+    images, sums = 0, torch.zeros(3, len(lows), dtype=torch.float64)
     for maps in batches():
-        rows = [
-            torch.stack((_entropy(m, low, high, bins), _entropy(m, own[0], own[1], bins), m.abs().mean()))
-            for m, own in zip((m.double() for m in maps), ranges, strict=True)
-        ]
-        sums += len(maps[0]) * torch.stack(rows, dim=1).cpu()
-        images += len(maps[0])
+        for i, m in enumerate(maps):
+            m = m.double()
+            shared, own = _entropy(m, lows.min(), highs.max(), bins), _entropy(m, lows[i], highs[i], bins)
+            sums[:, i] += len(m) * torch.stack((shared, own, m.abs().mean())).cpu()
+        images += len(m)
     return dict(zip(("entropy", "entropy_own_range", "magnitude"), sums / images, strict=True))
 
 
@@ -80,28 +73,14 @@ def squared_singular_values(tokens: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(gram).flip(-1).clamp_min(0)
 
 
-def count_percentile(counts: Tensor, percent: float = 99) -> float:
-    """Return a percentile, linearly interpolated, of a sample in which `counts[d]` values equal d."""
-    cumulative = counts.cumsum(0)
-    position = (int(cumulative[-1]) - 1) * percent / 100
-    below, above = (
-        int(torch.searchsorted(cumulative, k, right=True)) for k in (math.floor(position), math.ceil(position))
-    )
-    return below + (above - below) * (position - math.floor(position))
+def _histogram(dims: Tensor, size: int) -> Tensor:
+    """Return how many images have d of `size` dimensions, d = 0, 1, ..., per share: int64 (shares, size + 1)."""
+    return torch.stack([torch.bincount(values, minlength=size + 1) for values in dims.cpu().T])
 
 
-class _Counts:
-    """Count the images with d dimensions for each share, so that memory does not grow with the images."""
-
-    def __init__(self, size: int):
-        self.counts = torch.zeros(len(SHARES), size + 1, dtype=torch.int64)
-
-    def add(self, dims: Tensor) -> None:
-        for row, values in zip(self.counts, dims.cpu().T, strict=True):
-            row += torch.bincount(values, minlength=len(row))
-
-    def percentiles(self) -> list[float]:
-        return [count_percentile(row) for row in self.counts]
+def _percentile_99(counts: Tensor) -> float:
+    """Return the 99th percentile, linearly interpolated, of a sample in which `counts[d]` values equal d."""
+    return float(np.percentile(np.repeat(np.arange(len(counts)), counts), 99))
 
 
 def rank_analysis(batches: Callable[[], Iterable[Tensor]], seed: int = 0) -> dict[str, Any]:
@@ -124,40 +103,32 @@ def rank_analysis(batches: Callable[[], Iterable[Tensor]], seed: int = 0) -> dic
         `svd`, `pca`, `svd_centered`, `pca_centered`, `pca_rotated`: the 99th percentile over images, per share (the
         paper rounds it half to even); `pca_global`, `pca_global_centered`: the dimensions of the basis itself;
         `images`, `cap`, `width`.
-
-    Raises:
-        ValueError: there are no images.
     """
-    svd, moments = None, {}
+    histograms: dict[str, Any] = defaultdict(int)
+    moments: dict[str, Any] = defaultdict(int)
+    total, images = 0, 0
     for x, energies, rotated in _read(batches, seed):
-        if svd is None:
-            width = x.shape[-1]
-            cap = min(x.shape[1:])
-            svd, svd_centered = _Counts(cap), _Counts(cap)
-            moments = {name: x.new_zeros(width, width) for name in ("pca", "pca_rotated")}
-            total, tokens, images = x.new_zeros(width), 0, 0
-        svd.add(dimensions(energies))
-        svd_centered.add(dimensions(squared_singular_values(x - x.mean(1, keepdim=True))))
+        _, tokens, width = x.shape
+        images += len(x)
+        total += x.sum((0, 1))
+        centered = squared_singular_values(x - x.mean(1, keepdim=True))
+        for name, values in (("svd", energies), ("svd_centered", centered)):
+            histograms[name] += _histogram(dimensions(values), width)
         for name, values in (("pca", x), ("pca_rotated", rotated)):
             moments[name] += torch.einsum("bnc,bnd->cd", values, values)
-        total += x.sum((0, 1))
-        images, tokens = images + len(x), tokens + x.shape[0] * x.shape[1]
-    if svd is None:
-        raise ValueError("there are no images to analyze")
-    mean = total / tokens
-    moments["pca_centered"] = moments["pca"] - tokens * torch.outer(mean, mean)
+    mean = total / (images * tokens)
+    moments["pca_centered"] = moments["pca"] - images * tokens * torch.outer(mean, mean)
     bases = {name: torch.linalg.eigh(moment) for name, moment in moments.items()}
-    pca = {name: _Counts(width) for name in bases}
     for x, _, rotated in _read(batches, seed):
         for name, values in (("pca", x), ("pca_centered", x - mean), ("pca_rotated", rotated)):
-            pca[name].add(dimensions((values @ bases[name][1].flip(1)).square().sum(1)))
-    found = {"svd": svd, "svd_centered": svd_centered, **pca}
-    spectra = {"pca_global": bases["pca"][0], "pca_global_centered": bases["pca_centered"][0]}
+            shares = (values @ bases[name].eigenvectors.flip(1)).square().sum(1)
+            histograms[name] += _histogram(dimensions(shares), width)
+    spectra = {"pca_global": bases["pca"], "pca_global_centered": bases["pca_centered"]}
     return {
-        **{name: counts.percentiles() for name, counts in found.items()},
-        **{name: dimensions(values.flip(0).clamp_min(0)).tolist() for name, values in spectra.items()},
+        **{name: [_percentile_99(row) for row in rows] for name, rows in histograms.items()},
+        **{name: dimensions(basis.eigenvalues.flip(0).clamp_min(0)).tolist() for name, basis in spectra.items()},
         "images": images,
-        "cap": cap,
+        "cap": min(tokens, width),
         "width": width,
     }
 
@@ -189,7 +160,7 @@ def one_of_each_class(targets: Sequence[int], number: int | None = None) -> list
     for index, target in enumerate(targets):
         order.append((seen[target], target, index))
         seen[target] += 1
-    return [index for *_, index in sorted(order)][: len(seen) if number is None else number]
+    return [index for *_, index in sorted(order)][: number or len(seen)]
 
 
 RANKS = {
@@ -206,9 +177,8 @@ def rank_table(ranks: dict[str, Any], published: dict[str, list[int]]) -> list[s
     head = "".join(f"{share:>6.0%}" for share in SHARES)
     lines = [f"{'':<20}{head}" + ("   published" if published else "")]
     for key, name in RANKS.items():
-        found, known = ranks[key], published.get(key)
-        beside = f"   {' '.join(map(str, known))}" if known else ""
-        lines.append(f"{name:<20}{''.join(f'{round(value):>6}' for value in found)}{beside}")
+        beside = "   " + " ".join(map(str, published.get(key, [])))
+        lines.append(f"{name:<20}{''.join(f'{round(value):>6}' for value in ranks[key])}{beside}".rstrip())
     return lines
 
 

@@ -17,7 +17,7 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,10 @@ import utils
 from builders import forward_errors
 from checkpoint import CheckpointFolder
 from faults import exit_codes, init_distributed
-from flags import DATA_SETS, INAT_CATEGORIES
+from flags import DATA_SETS
 from parsing import KeyValues, Parser, number, stored_kwargs
 from utils import UserError, as_user_error
-from weights import extract_weights, load_checkpoint, model_config, stored_args
+from weights import extract_weights, load_checkpoint, stored_args
 
 KEYS = {
     "NAME/intensity": "(blocks,) mean over the C bins of the layer-wise spectrum; unit of the features",
@@ -56,7 +56,6 @@ KEYS = {
     "NAME/radial_power/BLOCK": "(R,) mean power in that ring, squared unit of the features",
 }
 CURVES = ("intensity", "intensity_shuffled", "intensity_corrected", "rms")
-ENTROPY = ("entropy", "entropy_own_range", "magnitude")
 PROFILES = ("spectrum", "radial_frequency", "radial_power")
 # The settings of each paper, as defaults of other flags.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -76,23 +75,22 @@ def crop_ratio(text: str) -> float | str:
 def get_args_parser() -> Parser:
     parser = Parser("Spectral analysis of the blocks of timm models.")
     kwargs: dict[str, Any] = {"nargs": "*", "action": KeyValues, "default": {}, "metavar": "KEY=VALUE"}
-    add = parser.add_argument_group("models").add_argument
+    group = parser.add_argument_group("models")
+    add = group.add_argument
     add("--model", help="timm model, with timm's own weights unless --checkpoint or --random is given")
     add("--model-kwargs", **kwargs, help="timm model arguments, unless a checkpoint has them")
-    add("--checkpoint", help="run folder of main.py, or file or URL of weights")
     add("--ema", action="store_true", help="use the moving average of the weights in checkpoints")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--checkpoint", help="run folder of main.py, or file or URL of weights")
     add("--random", action="store_true", help="use random weights instead of timm's")
-    named = kwargs | {"metavar": "NAME=SOURCE"}
     add("--milestones", metavar="FOLDER", help="run folder; compare the checkpoints that --save-every kept")
+    named = kwargs | {"metavar": "NAME=SOURCE"}
     add("--compare", **named, help="models on the same images; SOURCE: a --checkpoint, MODEL:CHECKPOINT or timm model")
     add = parser.add_argument_group("data").add_argument
     add("--data-set", choices=DATA_SETS, help="data set; default: the first run's, or IMNET")
     add("--data-path", help="folder of the data set, val/ is enough; default: the first run's")
-    add("--inat-category", choices=INAT_CATEGORIES, help="taxonomic level of the classes (INAT*); default: name")
     add("--input-size", type=number(int, 1), help="image size in pixels; default: each model's own")
-    ratio = (
-        "center crop ratio, or own: crop and interpolation of each model's config; default: the first run's, or 0.875"
-    )
+    ratio = "center crop ratio, or own: each model's crop and interpolation; default: the first run's, or 0.875"
     add("--eval-crop-ratio", type=crop_ratio, help=ratio)
     add("--num-images", type=number(int, 1), help="number of validation images; default: 32, with --ranks 1,000")
     order = {"dest": "order", "action": "store_const"}
@@ -105,12 +103,8 @@ def get_args_parser() -> Parser:
     add("--entropy", action="store_true", help="add entropy and magnitude over depth")
     add("--ranks", action="store_true", help="count the dimensions that the last block fills; implies --per-class")
     add = parser.add_argument_group("pairs of blocks").add_argument
-    add(
-        "--suggest",
-        type=number(int, 1),
-        metavar="N",
-        help="print N pairs as --s-id and --t-id; the teacher is the first model",
-    )
+    pairs = "print N pairs as --s-id and --t-id; the teacher is the first model"
+    add("--suggest", type=number(int, 1), metavar="N", help=pairs)
     add("--student", help="timm model to suggest pairs for")
     add("--student-kwargs", **kwargs, help="timm model arguments")
     add = parser.add_argument_group("run").add_argument
@@ -129,10 +123,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not (args.model or args.checkpoint or args.compare or args.milestones):
         raise UserError("nothing to analyze: give --model, --checkpoint, --milestones or --compare NAME=SOURCE")
-    if args.checkpoint and (args.compare or args.random):
-        raise UserError("--checkpoint cannot be combined with --compare or --random: use --compare NAME=CHECKPOINT")
-    if args.milestones and (args.checkpoint or args.compare or args.random or args.suggest):
-        raise UserError("--milestones cannot be combined with --checkpoint, --compare, --random or --suggest")
     if (args.suggest is None) != (args.student is None):
         raise UserError("--suggest N and --student MODEL need each other: give both")
     return args
@@ -143,43 +133,46 @@ class Subject:
     """A model to analyze. `analyze` adds the measurements and drops the network."""
 
     name: str
-    model: str
-    weights: str
+    model: str  # its name in timm
+    weights: str  # a file or URL, "timm" or "random"
     input_size: int
-    blocks: list[dict]
+    run: dict  # flags of the training run that the weights come from
     network: torch.nn.Module
-    run: dict = dataclasses.field(default_factory=dict)  # flags of the training run that the weights come from
+    blocks: list[dict]  # "module", "reduction" and "shape" of each
+    curves: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # one number per block
+    profiles: dict[str, list[np.ndarray]] = dataclasses.field(default_factory=dict)  # one array per block
     ranks: dict = dataclasses.field(default_factory=dict)  # from `analyses.rank_analysis`, with published ones
 
-    def curve(self, key: str) -> np.ndarray:
-        """Return one number per block."""
-        return np.array([float(block[key]) for block in self.blocks])
 
-
-def sources_of(args: argparse.Namespace) -> list[tuple[str | None, str]]:
-    """Return the name and source of each model to analyze."""
+def sources_of(args: argparse.Namespace) -> list[tuple[str | None, str | None, str | None]]:
+    """Return (name, timm model, checkpoint) of each model to analyze, with None for what is not given."""
     if args.milestones:
         files = sorted(Path(args.milestones).glob("checkpoint_[0-9][0-9][0-9][0-9].pth"))
         if not files:
             raise UserError(f"--milestones {args.milestones} has no checkpoint_0009.pth etc.: train with --save-every")
-        return [(f"epoch {int(file.stem[-4:]) + 1}", str(file)) for file in files]
-    one = f"{args.model}:{args.checkpoint or ''}" if args.model else args.checkpoint
-    return [(name, str(source)) for name, source in args.compare.items()] or [(None, one)]
+        return [(f"epoch {int(file.stem[-4:]) + 1}", None, str(file)) for file in files]
+    if args.compare:
+        return [(name, *split_source(str(source))) for name, source in args.compare.items()]
+    return [(None, args.model, args.checkpoint)]
 
 
-def read_subject(name: str | None, source: str, args: argparse.Namespace) -> Subject:
-    """Build a model from a run folder, a file, a URL, MODEL:CHECKPOINT or the name of a timm model.
+def split_source(source: str) -> tuple[str | None, str]:
+    """Return (timm model, checkpoint) of a run folder, a file, a URL, MODEL:CHECKPOINT or a timm model."""
+    model, _, path = source.partition(":")
+    if Path(source).exists() or path.startswith("//"):
+        return None, source
+    with as_user_error(f"{model} is neither a file nor a folder, and ", UserError):
+        models.check_name(model)
+    return model, path
+
+
+def read_subject(name: str | None, model: str | None, path: str | None, args: argparse.Namespace) -> Subject:
+    """Build a model and load its weights: those of a checkpoint, timm's own, or random ones.
 
     Raises:
         UserError: there is no such file or model, or the two do not fit.
     """
-    model, _, path = source.partition(":")
-    if Path(source).exists() or path.startswith("//"):
-        model, path = "", source
-    else:
-        with as_user_error(f"{model} is neither a file nor a folder, and ", UserError):
-            models.check_name(model)
-    kwargs, weights, run = args.model_kwargs, None, {}
+    run: dict[str, Any] = {}
     if path:
         path = str(Path(path) / CheckpointFolder.LATEST) if Path(path).is_dir() else path
         checkpoint = load_checkpoint(path)
@@ -189,17 +182,18 @@ def read_subject(name: str | None, source: str, args: argparse.Namespace) -> Sub
         model = model or run.get("model") or args.model
         if not model:
             raise UserError(f"{path} does not name its model: give --model, or MODEL:{path}")
-        kwargs = stored_kwargs(run.get("model_kwargs", {})) if model == run.get("model") else kwargs
+    kwargs = stored_kwargs(run.get("model_kwargs", {})) if model == run.get("model") else args.model_kwargs
     size = args.input_size or run.get("input_size")
     utils.seed_everything(args.seed)
     with as_user_error(f"{name or model}: ", UserError, ValueError):
-        timms = not (path or args.random)
-        network = models.build_model(model, None, input_size=size, kwargs=kwargs, pretrained=timms).eval()
-        if weights is not None:  # the head may have any number of classes, because blocks do not depend on it
+        pretrained = not (path or args.random)
+        network = models.build_model(model, None, input_size=size, kwargs=kwargs, pretrained=pretrained).eval()
+        if path:  # the head may have any number of classes, because blocks do not depend on it
             models.load_weights(network, weights, head="fresh")
         blocks = spectral.describe_blocks(network)
     size = size or network.pretrained_cfg["input_size"][-1]
-    return Subject(name or model, model, path or ("timm" if timms else "random"), size, blocks, network, run)
+    source = path or ("random" if args.random else "timm")
+    return Subject(name or model, model, source, size, run, network, blocks)
 
 
 def build_data(args: argparse.Namespace, subjects: list[Subject]) -> tuple[torch.utils.data.Dataset, dict]:
@@ -215,79 +209,71 @@ def build_data(args: argparse.Namespace, subjects: list[Subject]) -> tuple[torch
     path = args.data_path or run.get("data_path")
     if name != "GRATINGS" and not path:
         raise UserError(f"--data-set {name} needs --data-path, the folder of its images")
-    category = args.inat_category or run.get("inat_category", "name")
+    category = run.get("inat_category", "name")
     _, size = run.get("gratings_sizes") or (None, None)
     with as_user_error("", ValueError, OSError, RuntimeError):
         dataset = datasets.build_dataset(name, "val", path, inat_category=category, num_images=size)
     order = args.order or ("classes" if args.ranks else "drawn")
-    number = min(args.num_images or (1000 if args.ranks else 32), len(dataset))
+    count = min(args.num_images or (1000 if args.ranks else 32), len(dataset))
     if order == "classes":
-        images = analyses.one_of_each_class(datasets.labels(dataset), number)
+        images = analyses.one_of_each_class(datasets.labels(dataset), count)
     else:
-        images = list(range(number)) if order == "first" else samplers.random_subset(len(dataset), number, args.seed)
+        images = list(range(count)) if order == "first" else samplers.random_subset(len(dataset), count, args.seed)
     return dataset, {"data_set": name, "crop_ratio": crop, "order": order, "images": images}
 
 
-def map_reader(subject: Subject, dataset, data: dict, device, args) -> Callable[[], Iterator[list[torch.Tensor]]]:
-    """Return a function that runs a model on the images and yields the maps of all blocks for each batch."""
+@torch.no_grad()
+def feature_maps(subject: Subject, dataset, data: dict, device, args) -> Iterator[list[torch.Tensor]]:
+    """Run a model on the images, and yield the maps (B, C, H, W) of its blocks for each batch."""
+    network = subject.network.to(device)
     with as_user_error(f"{subject.name}: ", ValueError):
-        hooks = spectral.FeatureHooks(subject.network.to(device), range(len(subject.blocks)))
+        hooks = spectral.FeatureHooks(network, range(len(subject.blocks)))
     if data["crop_ratio"] == "own":
-        dataset.transform = datasets.own_eval_transform(subject.network, subject.input_size)
+        dataset.transform = datasets.own_eval_transform(network, subject.input_size)
     else:
         dataset.transform = datasets.eval_transform(subject.input_size, data["crop_ratio"])
-    mean, std = models.normalization(subject.network)
-    prepare = datasets.Prepare(mean, std, device=device)
+    prepare = datasets.Prepare(*models.normalization(network), device=device)
     workers = min(args.num_workers, math.ceil(len(data["images"]) / args.batch_size))
-    pin = device.type == "cuda"
-    loader = datasets.build_loader(dataset, data["images"], args.batch_size, workers, drop_last=False, pin_memory=pin)
-
-    def batches():
-        with as_user_error("", datasets.BadImageError):
-            for images, _ in tqdm(loader, desc=subject.name, unit="batch", disable=None):
-                with forward_errors(subject.name, subject.input_size):
-                    subject.network(prepare(images.to(device)))
-                    maps = hooks.pop()
-                yield maps
-
-    return batches
+    loader = datasets.build_loader(dataset, data["images"], args.batch_size, workers, drop_last=False)
+    with as_user_error("", datasets.BadImageError):
+        for images, _ in tqdm(loader, desc=subject.name, unit="batch", disable=None):
+            with forward_errors(subject.name, subject.input_size):
+                network(prepare(images.to(device)))
+                maps = hooks.pop()
+            yield maps
+    hooks.remove()
 
 
-@torch.no_grad()
-def analyze(subject: Subject, dataset, data: dict, device: torch.device, args: argparse.Namespace) -> None:
+def analyze(subject: Subject, dataset, data: dict, device: torch.device, args: argparse.Namespace) -> Subject:
     """Run a model on the images and add its measurements. Memory does not grow with the number of images."""
-    batches = map_reader(subject, dataset, data, device, args)
+    batches = functools.partial(feature_maps, subject, dataset, data, device, args)
     profiles = [spectral.SpectralProfile(args.seed) for _ in subject.blocks]
     for maps in batches():
         for profile, block_maps in zip(profiles, maps, strict=True):
             profile.add(block_maps)
-    subject.blocks = [
-        {"module": block["module"], "reduction": block["reduction"], "shape": profile.shape, **profile.result()}
-        for block, profile in zip(subject.blocks, profiles, strict=True)
-    ]
-    if not np.isfinite(subject.curve("rms")).all():
+    measured = [profile.result() for profile in profiles]
+    subject.curves = {key: np.array([block[key].item() for block in measured]) for key in CURVES}
+    subject.profiles = {key: [block[key].numpy() for block in measured] for key in PROFILES}
+    if not np.isfinite(subject.curves["rms"]).all():
         raise UserError(f"{subject.name}: the features are not finite: use other weights")
     if args.entropy:
-        for key, curve in analyses.entropy_over_depth(batches).items():
-            for block, value in zip(subject.blocks, curve, strict=True):
-                block[key] = value
+        subject.curves |= {key: curve.numpy() for key, curve in analyses.entropy_over_depth(batches).items()}
     if args.ranks:
-        found = analyses.rank_analysis(lambda: (maps[-1] for maps in batches()), args.seed)
-        subject.ranks = found | {"published": published_ranks(subject) if data["data_set"] == "IMNET" else {}}
+        subject.ranks = analyses.rank_analysis(lambda: (maps[-1] for maps in batches()), args.seed)
+        subject.ranks["published"] = published_ranks(subject.model) if data["data_set"] == "IMNET" else {}
+    subject.blocks = [
+        {"module": block["module"], "reduction": block["reduction"], "shape": profile.shape}
+        for block, profile in zip(subject.blocks, profiles, strict=True)
+    ]
     subject.network = None  # there may be many milestones
+    return subject
 
 
-def published_ranks(subject: Subject) -> dict[str, list[int]]:
-    """Return the published ranks of a model on ImageNet, {"svd": [...], "pca": [...]}, or {}."""
-
-    def identity(config):
-        return config.get("architecture"), config.get("tag")
-
-    own = identity(model_config(subject.network))
-    for name, ranks in json.loads(PUBLISHED.read_text(encoding="utf-8"))["ranks"].items():
-        if identity(models.pretrained_config(name)) == own and subject.weights != "random":
-            return ranks
-    return {}
+def published_ranks(model: str) -> dict[str, list[int]]:
+    """Return the published ranks of a timm model on ImageNet, {"svd": [...], "pca": [...]}, or {}."""
+    published = json.loads(PUBLISHED.read_text(encoding="utf-8"))["ranks"]
+    config = models.pretrained_config(model)
+    return next((ranks for name, ranks in published.items() if models.pretrained_config(name) == config), {})
 
 
 def log_curves(subject: Subject) -> None:
@@ -297,8 +283,8 @@ def log_curves(subject: Subject) -> None:
     columns = "".join(f"{name:>11}" for name in ("intensity", "shuffled", "x sqrt(C)", "RMS"))
     utils.log(f"{'block':>5}  {'module':<16}{'C x H x W':>15}{columns}")
     for i, block in enumerate(subject.blocks):
-        curves = "".join(f"{float(block[key]):>11.4g}" for key in CURVES)
-        utils.log(f"{i:>5}  {block['module']:<16}{' x '.join(map(str, block['shape'])):>15}{curves}")
+        numbers = "".join(f"{subject.curves[key][i]:>11.4g}" for key in CURVES)
+        utils.log(f"{i:>5}  {block['module']:<16}{' x '.join(map(str, block['shape'])):>15}{numbers}")
 
 
 def log_ranks(subject: Subject) -> None:
@@ -313,12 +299,12 @@ def log_milestones(subjects: list[Subject]) -> None:
     """Print the intensity of each block, one line per epoch."""
     utils.log(f"\nintensity of blocks 0 to {len(subjects[0].blocks) - 1}")
     for subject in subjects:
-        utils.log(f"{subject.name:<11}{''.join(f'{value:>8.3g}' for value in subject.curve('intensity'))}")
+        utils.log(f"{subject.name:<11}{''.join(f'{value:>8.3g}' for value in subject.curves['intensity'])}")
 
 
 def suggest(args: argparse.Namespace, student_blocks: list[dict], teacher: Subject) -> dict:
     """Choose pairs, and print them with the curve on which they are based."""
-    intensity = teacher.curve("intensity_corrected").tolist()
+    intensity = teacher.curves["intensity_corrected"].tolist()
     student, taught = ([block["reduction"] for block in blocks] for blocks in (student_blocks, teacher.blocks))
     with as_user_error("--suggest: ", ValueError):
         s_id, t_id = analyses.suggest_pairs(intensity, student, taught, args.suggest)
@@ -332,30 +318,26 @@ def suggest(args: argparse.Namespace, student_blocks: list[dict], teacher: Subje
     return {"student": args.student, "teacher": teacher.name, "s_id": s_id, "t_id": t_id}
 
 
-def curves_of(subject: Subject) -> tuple[str, ...]:
-    """Return the names of the measurements with one number per block."""
-    return CURVES + tuple(key for key in ENTROPY if key in subject.blocks[0])
-
-
 def write_numbers(folder: Path, subjects: list[Subject], about: dict) -> None:
     """Write spectra.npz (see KEYS), spectra.json with `about`, the models and one number per block, and ranks.json."""
-    arrays: dict[str, Any] = {}
+    arrays: dict[str, np.ndarray] = {}
     plain: list[dict[str, Any]] = []
     for subject in subjects:
         arrays[f"{subject.name}/shape"] = np.array([block["shape"] for block in subject.blocks])
-        arrays |= {f"{subject.name}/{key}": subject.curve(key) for key in curves_of(subject)}
-        for i, block in enumerate(subject.blocks):
-            arrays |= {f"{subject.name}/{key}/{i}": block[key].numpy() for key in PROFILES}
-        plain.append({key: getattr(subject, key) for key in ("name", "model", "weights", "input_size")})
-        plain[-1]["blocks"] = [{k: v for k, v in block.items() if k not in PROFILES} for block in subject.blocks]
+        arrays |= {f"{subject.name}/{key}": curve for key, curve in subject.curves.items()}
+        for key, profile in subject.profiles.items():
+            arrays |= {f"{subject.name}/{key}/{i}": values for i, values in enumerate(profile)}
+        facts = {key: getattr(subject, key) for key in ("name", "model", "weights", "input_size")}
+        columns = zip(*subject.curves.values(), strict=True)
+        numbers = [dict(zip(subject.curves, column, strict=True)) for column in columns]
+        plain.append({**facts, "blocks": [block | own for block, own in zip(subject.blocks, numbers, strict=True)]})
+    np.savez_compressed(folder / "spectra.npz", **arrays)
     documents = {"spectra": {**about, "models": plain, "keys_of_spectra_npz": KEYS}}
     if subjects[0].ranks:
-        percentiles = {subject.name: {"model": subject.model, **subject.ranks} for subject in subjects}
-        documents["ranks"] = {**about, "shares": analyses.SHARES, "percentile": 99, "models": percentiles}
-    utils.write_atomically(folder / "spectra.npz", lambda file: np.savez_compressed(file, **arrays))
+        ranks = {subject.name: {"model": subject.model, **subject.ranks} for subject in subjects}
+        documents["ranks"] = {**about, "shares": analyses.SHARES, "percentile": 99, "models": ranks}
     for name, document in documents.items():
-        text = json.dumps(document, indent=1, default=torch.Tensor.tolist)
-        utils.write_atomically(folder / f"{name}.json", lambda file, text=text: file.write(text.encode()))
+        (folder / f"{name}.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
 
 
 def write_tensorboard(folder: Path, subjects: list[Subject], figures: dict[str, Figure]) -> None:
@@ -365,8 +347,8 @@ def write_tensorboard(folder: Path, subjects: list[Subject], figures: dict[str, 
     shutil.rmtree(folder, ignore_errors=True)  # or charts of an earlier analysis would be mixed in
     for subject in subjects:
         with SummaryWriter(str(folder / subject.name)) as writer:
-            for key in curves_of(subject):
-                for i, value in enumerate(subject.curve(key)):
+            for key, curve in subject.curves.items():
+                for i, value in enumerate(curve):
                     writer.add_scalar(f"block/{key}", value, i)
     with SummaryWriter(str(folder)) as writer:
         for name, figure in figures.items():
@@ -377,9 +359,9 @@ def main(args: argparse.Namespace) -> None:
     device = init_distributed(args.device)
     if args.import_module:
         models.import_models(args.import_module)
-    read = (read_subject(name, source, args) for name, source in sources_of(args))
-    # Check all models before running the first one. Only one milestone at a time is in memory.
-    subjects = list(itertools.islice(read, 1 if args.milestones else None))
+    sources = sources_of(args)
+    ahead = 1 if args.milestones else len(sources)  # milestones are loaded one at a time, other models checked first
+    subjects = [read_subject(*source, args) for source in sources[:ahead]]
     if args.suggest:
         student = models.build_model(args.student, None, input_size=None, kwargs=args.student_kwargs)
         with as_user_error("--student: ", ValueError):
@@ -390,16 +372,14 @@ def main(args: argparse.Namespace) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     which = ORDERS[data["order"]].format(args.seed)
     utils.log(f"{len(data['images'])} validation images of {data['data_set']}, {which}")
-    for subject in subjects:
-        analyze(subject, dataset, data, device, args)
-        subjects += itertools.islice(read, 1)  # the next milestone
+    later = (read_subject(*source, args) for source in sources[ahead:])
+    subjects = [analyze(subject, dataset, data, device, args) for subject in itertools.chain(subjects, later)]
     if args.milestones:
         log_milestones(subjects)
-    else:
-        for subject in subjects:
+    for subject in subjects:
+        if not args.milestones:
             log_curves(subject)
-    if args.ranks:
-        for subject in subjects:
+        if args.ranks:
             log_ranks(subject)
     pairs = suggest(args, student_blocks, subjects[0]) if args.suggest else None
     if not args.output_dir:
@@ -408,11 +388,9 @@ def main(args: argparse.Namespace) -> None:
         write_numbers(folder, subjects, {**data, "seed": args.seed, "suggestion": pairs})
         figures = plots.draw_milestones(subjects) if args.milestones else plots.draw(subjects, pairs)
         for name, kind in itertools.product(figures, ("png", "pdf")[: 1 + args.pdf]):
-            save = functools.partial(figures[name].savefig, format=kind, dpi=200)
-            utils.write_atomically(folder / f"{name}.{kind}", save)
+            figures[name].savefig(folder / f"{name}.{kind}", dpi=200)
         write_tensorboard(folder / "tensorboard", subjects, figures)
-    files = ["spectra.npz", "spectra.json", *["ranks.json"] * args.ranks, *(f"{name}.png" for name in figures)]
-    utils.log(f"wrote {', '.join(files)} to {folder}")
+    utils.log(f"wrote the numbers and figures to {folder}")
 
 
 if __name__ == "__main__":

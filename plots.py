@@ -1,6 +1,6 @@
 """The figures of analyze.py and tables.py.
 
-A subject is an `analyze.Subject`: a model's name, the measurements of its blocks, and `curve(key)`, a number per block.
+A subject is an `analyze.Subject`: `curves` with a number per block, and `profiles` with an array per block.
 """
 
 import math
@@ -18,10 +18,15 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 MARKERS = "osD^vP"
 STYLES = ("-", "--", ":", "-.")
 DEPTH_COLORS = "viridis"
-SHUFFLED: Any = {"label": "channels shuffled", "color": "black", "ls": "", "marker": "x", "ms": 3, "mew": 0.7}
-RMS: Any = {"label": r"$\sqrt{\pi}/2\ \times$ RMS", "color": "black", "ls": ":", "lw": 0.9, "zorder": 3}
 PAGE_WIDTH = 7  # inches
 CHANNEL_FREQUENCY = "frequency along channels (cycles per channel)"
+SHUFFLED: Any = {"label": "channels shuffled", "color": "black", "ls": "", "marker": "x", "ms": 3, "mew": 0.7}
+RMS: Any = {"label": r"$\sqrt{\pi}/2\ \times$ RMS", "color": "black", "ls": ":", "lw": 0.9, "zorder": 3}
+# Of a curve: the control drawn with it, its factor and its style.
+CONTROLS = {
+    "intensity": ("intensity_shuffled", 1, SHUFFLED),
+    "intensity_corrected": ("rms", math.sqrt(math.pi) / 2, RMS),
+}
 CORRECTED = r"intensity $\times\ \sqrt{C}$"
 ENTROPY = {
     "entropy": "entropy (bits), one range for all blocks",
@@ -33,11 +38,11 @@ WIDE_SPREAD = 30  # curves with a larger ratio get a logarithmic axis
 
 def draw(subjects: list, pairs: dict | None = None) -> dict[str, Figure]:
     """Return {name: figure} for all measurements and the suggested pairs."""
-    figures = {"intensity": draw_intensity(subjects)}
-    figures["spectrum"] = draw_lines(subjects, half_spectrum, CHANNEL_FREQUENCY, "spectrum $S$")
+    figures = {"intensity": draw_over_depth(subjects, {"intensity": "intensity", "intensity_corrected": CORRECTED})}
+    figures["spectrum"] = draw_lines(subjects, half_spectra, CHANNEL_FREQUENCY, "spectrum $S$")
     figures["heatmap"] = draw_heatmap(subjects)
-    figures["radial"] = draw_lines(subjects, radial_power, "frequency over the grid (cycles per token)", "power")
-    if "entropy" in subjects[0].blocks[0]:
+    figures["radial"] = draw_lines(subjects, radial_powers, "frequency over the grid (cycles per token)", "power")
+    if "entropy" in subjects[0].curves:
         figures["entropy"] = draw_over_depth(subjects, ENTROPY)
     return figures | ({"suggestion": draw_suggestion(subjects[0], pairs)} if pairs else {})
 
@@ -45,20 +50,19 @@ def draw(subjects: list, pairs: dict | None = None) -> dict[str, Figure]:
 def draw_milestones(subjects: list) -> dict[str, Figure]:
     """Return {name: figure} for a training run; each subject is named after its epoch, as in "epoch 100"."""
     curves = {"intensity": "intensity", "rms": "RMS of the features"}
-    if "entropy" in subjects[0].blocks[0]:
+    if "entropy" in subjects[0].curves:
         curves |= {key: title for key, title in ENTROPY.items() if key != "magnitude"}
     epochs = [int(subject.name.rpartition(" ")[2]) for subject in subjects]
     return {"milestones": draw_over_depth(subjects, curves, epochs)}
 
 
-def half_spectrum(block: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Return frequencies and values of the first C // 2 bins of the layer-wise spectrum."""
-    half = len(block["spectrum"]) // 2
-    return np.arange(half) / len(block["spectrum"]), block["spectrum"][:half].numpy()
+def half_spectra(subject) -> list[tuple]:
+    """Return, for each block, frequencies and values of the first C // 2 bins of the layer-wise spectrum."""
+    return [(np.arange(len(s) // 2) / len(s), s[: len(s) // 2]) for s in subject.profiles["spectrum"]]
 
 
-def radial_power(block: dict) -> tuple:
-    return block["radial_frequency"], block["radial_power"]
+def radial_powers(subject) -> list[tuple]:
+    return list(zip(subject.profiles["radial_frequency"], subject.profiles["radial_power"], strict=True))
 
 
 def depth_axis(subjects: list):
@@ -68,72 +72,57 @@ def depth_axis(subjects: list):
     return (lambda subject: np.linspace(0, 1, len(subject.blocks))), "relative depth"
 
 
-def draw_intensity(subjects: list) -> Figure:
-    """Draw intensity over depth: on the left with shuffled channels, on the right times sqrt(C) with the RMS."""
-    place, label = depth_axis(subjects)
-    figure, handles = Figure(figsize=(PAGE_WIDTH, 2.5), layout="constrained"), []
-    left, right = figure.subplots(1, 2)
-    for i, subject in enumerate(subjects):
-        x, style = place(subject), {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
-        handles += left.plot(x, subject.curve("intensity"), label=subject.name, **style)
-        shuffled = left.plot(x, subject.curve("intensity_shuffled"), **SHUFFLED)
-        right.plot(x, subject.curve("intensity_corrected"), **style)
-        rms = right.plot(x, subject.curve("rms") * math.sqrt(math.pi) / 2, **RMS)
-    for axis, ylabel in ((left, "intensity"), (right, CORRECTED)):
-        axis.set(xlabel=label, ylabel=ylabel)
-        finish_depth(axis, label)
-    handles += shuffled + rms
-    columns = math.ceil(len(handles) / math.ceil(len(handles) / 5))
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
-    return figure
-
-
 def draw_over_depth(subjects: list, curves: dict[str, str], epochs: list[int] | None = None) -> Figure:
-    """Draw one panel per curve, {key: title}, with colors for the models, or for the epochs if they are given."""
+    """Draw a panel per curve, {key: title}: a color per model, and controls; or a color per epoch if given."""
     place, label = depth_axis(subjects)
     rows = math.ceil(len(curves) / 3)
     columns = math.ceil(len(curves) / rows)
     figure = Figure(figsize=(PAGE_WIDTH, 0.5 + 2.1 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+    axes = dict(zip(curves, figure.subplots(rows, columns, squeeze=False).flat, strict=True))
     styles: list[dict] = [{"color": COLORS[i % 7], "marker": MARKERS[i % 6]} for i in range(len(subjects))]
     if epochs:
         scale = cm.ScalarMappable(colors.Normalize(epochs[0], epochs[-1]), DEPTH_COLORS)
         styles = [{"color": scale.to_rgba(epoch), "marker": "."} for epoch in epochs]
-        figure.colorbar(scale, ax=axes, label="epoch", ticks=MaxNLocator(integer=True))
-    for axis, (key, title) in zip(axes, curves.items(), strict=True):
+        figure.colorbar(scale, ax=[*axes.values()], label="epoch", ticks=MaxNLocator(integer=True))
+    for key, axis in axes.items():
         for subject, style in zip(subjects, styles, strict=True):
-            axis.plot(place(subject), subject.curve(key), label=subject.name, **style)
-        axis.set(title=title, xlabel=label)
-        finish_depth(axis, label, scale=not key.startswith("entropy"))
-    entropies = [axis for axis, key in zip(axes, curves, strict=True) if key.startswith("entropy")]
-    for axis in entropies[1:]:
-        axis.sharey(entropies[0])
-        axis.autoscale_view()
+            axis.plot(place(subject), subject.curves[key], label=subject.name, **style)
+        if key in CONTROLS and not epochs:
+            control, factor, style = CONTROLS[key]
+            for subject in subjects:
+                axis.plot(place(subject), factor * subject.curves[control], **style)
+        axis.set(title=curves[key], xlabel=label)
+        if label == "block":
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if not key.startswith("entropy"):
+            scale_from_zero(axis)
+    if "entropy" in axes:
+        axes["entropy_own_range"].sharey(axes["entropy"])
+        axes["entropy_own_range"].autoscale_view()
     if not epochs:
-        handles = axes[0].lines
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5))
+        lines = {line.get_label(): line for axis in axes.values() for line in axis.lines}
+        columns = math.ceil(len(lines) / math.ceil(len(lines) / 5))
+        figure.legend(handles=lines.values(), loc="outside lower center", ncols=columns)
     return figure
 
 
-def finish_depth(axis, label: str, scale: bool = True) -> None:
-    """Start the axis of curves over depth at zero, or make it logarithmic if they differ a lot; mark whole blocks."""
+def scale_from_zero(axis) -> None:
+    """Start the y axis at zero, or make it logarithmic if the values differ a lot."""
     levels = np.concatenate([line.get_ydata() for line in axis.lines])
-    if scale and levels.max() > WIDE_SPREAD * levels.min() > 0:
+    if levels.max() > WIDE_SPREAD * levels.min() > 0:
         axis.set_yscale("log")
-    elif scale:
+    else:
         axis.set_ylim(0, 1.05 * levels.max() or 1)
-    if label == "block":
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def draw_lines(subjects: list, line, xlabel: str, ylabel: str) -> Figure:
-    """Draw one line per block, colored by depth; `line` returns the x and y of a block."""
+def draw_lines(subjects: list, lines, xlabel: str, ylabel: str) -> Figure:
+    """Draw one line per block, colored by depth; `lines` returns the x and y of each block of a subject."""
     place, label = depth_axis(subjects)
     scale = cm.ScalarMappable(colors.Normalize(0, max(place(subjects[0])[-1], 1)), DEPTH_COLORS)
 
     def plot(axis, subject):
-        for x, block in zip(place(subject), subject.blocks, strict=True):
-            axis.plot(*line(block), color=scale.to_rgba(x), lw=0.8)
+        for depth, line in zip(place(subject), lines(subject), strict=True):
+            axis.plot(*line, color=scale.to_rgba(depth), lw=0.8)
         axis.set_yscale("log")
 
     ticks = MaxNLocator(integer=True) if label == "block" else None
@@ -142,12 +131,11 @@ def draw_lines(subjects: list, line, xlabel: str, ylabel: str) -> Figure:
 
 def draw_heatmap(subjects: list) -> Figure:
     """Draw the layer-wise spectrum by block and frequency, with one scale for all models."""
-    levels = np.concatenate([half_spectrum(block)[1] for subject in subjects for block in subject.blocks])
+    levels = np.concatenate([values for subject in subjects for _, values in half_spectra(subject)])
     scale = cm.ScalarMappable(colors.LogNorm(*np.quantile(levels[levels > 0], (0.002, 0.998))), DEPTH_COLORS)
 
     def plot(axis, subject):
-        for i, block in enumerate(subject.blocks):
-            frequency, values = half_spectrum(block)
+        for i, (frequency, values) in enumerate(half_spectra(subject)):
             edges, rows = np.append(frequency, 0.5), (i - 0.5, i + 0.5)
             axis.pcolormesh(edges, rows, values[None], norm=scale.norm, cmap=scale.cmap, rasterized=True)
         axis.set_xlim(0, 0.5)
@@ -178,7 +166,7 @@ def draw_panels(subjects: list, plot, scale, xlabel: str, ylabel: str, sharey=Fa
 def draw_suggestion(teacher, pairs: dict) -> Figure:
     """Draw the teacher's curve, and mark the chosen blocks with the number of their student block."""
     figure = Figure(figsize=(3.6, 2.5), layout="constrained")
-    axis, curve = figure.subplots(), teacher.curve("intensity_corrected")
+    axis, curve = figure.subplots(), teacher.curves["intensity_corrected"]
     axis.plot(curve, color=COLORS[0], marker=".", label=teacher.name)
     axis.plot(pairs["t_id"], curve[pairs["t_id"]], "o", ms=7, mfc="none", color=COLORS[1], label="chosen")
     for s, t in zip(pairs["s_id"], pairs["t_id"], strict=True):
@@ -206,10 +194,9 @@ def draw_training(table: list) -> Figure:
         label = row["method"] if one_student else f"{text(row['student']).partition(' ')[0]}: {row['method']}"
         label = ", ".join([label, *(f"{name} {text(x)}" for name, x in row["varied"].items() if x not in (None, []))])
         for j, run in enumerate(runs):
-            for name, axis in axes.items():
-                points = [(epoch + 1, stats.get(name)) for epoch, stats in sorted(run.epochs.items())]
-                points = [point for point in points if point[1]]  # unused terms are logged as zero
-                axis.plot([x for x, _ in points], [y for _, y in points], label=None if j else label, **style)
+            for name, axis in axes.items():  # unused terms are logged as zero
+                points = [(epoch + 1, stats[name]) for epoch, stats in sorted(run.epochs.items()) if stats.get(name)]
+                axis.plot(*np.reshape(points, (-1, 2)).T, label=None if j else label, **style)
     for name, axis in axes.items():
         axis.set_title(TERMS.get(name, "top-1 on the validation set, %"), loc="left", fontsize=10)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))

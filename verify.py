@@ -27,8 +27,10 @@ import models
 import parsing
 from analyses import SHARES, one_of_each_class, rank_analysis
 from engine import evaluate
+from faults import exit_codes, init_distributed
 from spectral import FeatureHooks, describe_blocks
-from utils import UserError, as_user_error, error_line
+from tables import align
+from utils import UserError, as_user_error
 from weights import extract_weights, load_checkpoint
 
 PUBLISHED = Path(__file__).parent / "recipes" / "published.json"
@@ -49,12 +51,12 @@ class Row(NamedTuple):
 def get_args_parser() -> parsing.Parser:
     parser = parsing.Parser("Check published numbers that need no training.")
     parser.add_argument("--data-path", required=True, help="folder of ImageNet; only val/<class>/ is needed")
-    parser.add_argument("--weights", default="", help="folder of weights, each file named after its model")
-    parser.add_argument("--logs", default="", help="folder of the released logs, NAME.txt")
+    parser.add_argument("--weights", default=".", help="folder of weights, each file named after its model")
+    parser.add_argument("--logs", default=".", help="folder of the released logs, NAME.txt")
     parser.add_argument("--published", default=str(PUBLISHED), help="the numbers to compare with")
     parser.add_argument("--batch-size", type=parsing.number(int, 1), default=64, help="images per batch")
     parser.add_argument("--num_workers", type=parsing.number(int, 0), default=10, help="data loading workers")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    parser.add_argument("--device", default="auto", help="cuda, cuda:N or cpu; auto: cuda if there is a GPU")
     return parser
 
 
@@ -62,7 +64,7 @@ class Images:
     """The validation images, with each model's own transform."""
 
     def __init__(self, args: argparse.Namespace, num_classes: int):
-        self.args, self.device = args, torch.device(args.device)
+        self.args, self.device = args, init_distributed(args.device)
         with as_user_error("", ValueError, OSError, RuntimeError):
             found = len(set(datasets.labels(datasets.build_dataset("IMNET", "val", args.data_path))))
         if found != num_classes:
@@ -80,21 +82,20 @@ def build(name: str, folder: str, num_classes: int, kwargs: dict, device: torch.
     """Build a model with the weights in `folder`, or with timm's own.
 
     Raises:
-        UserError: there are no weights; the message names their source.
+        UserError: there are no weights, or they do not fit; the message names their source.
     """
     files = [Path(folder, name + ending) for ending in (".pth", ".safetensors")]
-    found = next((file for file in files if folder and file.is_file()), None)
+    found = next((file for file in files if file.is_file()), None)
     source = timm.models.get_pretrained_cfg(name).hf_hub_id
-    if found is None and not source:
-        raise UserError(f"no weights: get the checkpoint from {STUDENTS} and save it as {files[0]}")
-    try:
-        model = models.build_model(name, num_classes, kwargs=kwargs, pretrained=found is None)
-    except UserError as error:
+    hint = f"get {source} from the Hugging Face Hub and save it as {files[1]}"
+    if not source:
+        hint = f"get the checkpoint from {STUDENTS} and save it as {files[0]}"
+    if not (found or source):
+        raise UserError(hint)
+    with as_user_error(f"{hint}: ", UserError):
+        model = models.build_model(name, num_classes, kwargs=kwargs, pretrained=not found)
         if found:
-            raise
-        raise UserError(f"no weights ({error}): get {source} from the Hugging Face Hub as {files[1]}") from error
-    if found:
-        models.load_weights(model, extract_weights(load_checkpoint(found)))
+            models.load_weights(model, extract_weights(load_checkpoint(found)))
     return model.to(device).eval()
 
 
@@ -118,7 +119,6 @@ def check_ranks(model: nn.Module, images: Images, name: str, published: dict[str
             yield hooks.pop()[0]
 
     found, rows = rank_analysis(maps), []
-    hooks.remove()
     for kind, expected in published.items():
         measured = [round(value) for value in found[kind]]
         off = [m - e for m, e in zip(measured, expected, strict=True)]
@@ -128,26 +128,18 @@ def check_ranks(model: nn.Module, images: Images, name: str, published: dict[str
     return rows
 
 
-def scheduled_rates(epochs: int, batch: int) -> list[float]:
-    """Return the learning rate of each epoch under the default flags, as main.py sets it."""
-    settings = ["--data-set", "GRATINGS", "--epochs", str(epochs), "--batch-size", str(batch), "--device", "cpu"]
-    optimizer, scheduler, _ = builders.build_optimizer(flags.parse_args(settings), nn.Linear(1, 1), nn.Module())
-    rates = []
-    for epoch in range(epochs):
-        rates.append(optimizer.param_groups[0]["lr"])
-        scheduler.step(epoch)
-    return rates
-
-
 def check_schedule(log: Path, batch: int) -> Row:
-    """Compare the learning rates in a released log with main.py's; a missing or unreadable log is not checked."""
+    """Compare the learning rates in a released log with those that main.py sets under the default flags."""
     check = f"learning rates of {log.stem}"
-    try:
-        lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
-        logged = [float(line["train_lr"]) for line in lines]
-    except (OSError, ValueError, KeyError, TypeError):
+    if not log.is_file():
         return Row(check, "", "", f"not checked: get {log.name} from {LOGS} and give its folder as --logs")
-    ours = scheduled_rates(len(logged), batch)
+    logged = [json.loads(line)["train_lr"] for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
+    settings = f"--data-set GRATINGS --epochs {len(logged)} --batch-size {batch} --device cpu"
+    optimizer, scheduler, _ = builders.build_optimizer(flags.parse_args(settings.split()), nn.Linear(1, 1), nn.Module())
+    ours = []
+    for epoch in range(len(logged)):
+        ours.append(optimizer.param_groups[0]["lr"])
+        scheduler.step(epoch)
     worst = max(abs(a - b) / b for a, b in zip(ours, logged, strict=True))
     verdict = "PASS" if worst < 1e-9 else f"differs by {worst:.1e} of the rate"
     return Row(check, f"{max(logged):.6e} at most", f"{max(ours):.6e} at most", verdict)
@@ -166,14 +158,6 @@ def check_model(name: str, args: argparse.Namespace, images: Images, published: 
     return rows + (check_ranks(model, images, name, ranks) if ranks else [])
 
 
-def report(rows: Sequence[Row]) -> str:
-    """Return the rows as an aligned Markdown table."""
-    table = [Row("check", "published", "measured", "verdict"), *rows]
-    widths = [max(len(row[i]) for row in table) for i in range(4)]
-    table.insert(1, Row(*("-" * width for width in widths)))
-    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in table)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all checks, print the report, and return the exit code."""
     args = get_args_parser().parse_args(argv)
@@ -184,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = [row for name in names for row in check_model(name, args, images, published)]
     logs = [row for row in published["results"] if row["log"] and row["global_batch"]]
     rows += [check_schedule(Path(args.logs, f"{row['log']}.txt"), row["global_batch"]) for row in logs]
-    print(report(rows))
+    print("\n".join(align([row._asdict() for row in rows])))
     passed = sum(row.verdict == "PASS" for row in rows)
     skipped = sum(row.verdict.startswith("not checked") for row in rows)
     print(f"\n{passed} passed, {len(rows) - passed - skipped} differ, {skipped} not checked")
@@ -192,8 +176,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_codes():
         sys.exit(main())
-    except UserError as error:
-        print(error_line(error), file=sys.stderr)
-        sys.exit(2)

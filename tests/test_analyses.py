@@ -13,11 +13,6 @@ GOLDEN = ROOT / "tests" / "golden"
 SHARES = (80, 90, 95, 99)
 
 
-@pytest.fixture
-def golden():
-    return np.load(GOLDEN / "ranks.npz")
-
-
 def batches_of(tokens, size):
     """What rank_analysis reads: maps of one row, `size` images per batch."""
     return lambda: (batch.mT.unsqueeze(2) for batch in torch.as_tensor(tokens).split(size))
@@ -37,20 +32,14 @@ def test_entropy_and_magnitude_are_the_released_ones():
     np.testing.assert_allclose(found["entropy"], golden["entropy_50_bins"], rtol=1e-9)
 
 
-def test_entropy_over_the_own_range_ignores_the_scale():
-    maps = torch.randn(2, 24, 4, 4, dtype=torch.float64)
-    found = entropy_of(torch.stack([maps, 8 * maps]))
-    assert found["entropy_own_range"][0] == pytest.approx(found["entropy_own_range"][1].item())
-    assert found["entropy"][0] < found["entropy"][1] - 1
-
-
 def test_constant_features_have_no_entropy():
     found = entropy_of(torch.full((1, 2, 24, 4, 4), 3.0))
     assert found["entropy"].item() == found["entropy_own_range"].item() == 0
 
 
 @pytest.mark.parametrize("size", [1, 5, 12])
-def test_ranks_are_the_released_ones(golden, size):
+def test_ranks_are_the_released_ones(size):
+    golden = np.load(GOLDEN / "ranks.npz")
     found = analyses.rank_analysis(batches_of(golden["features"], size))
     assert (found["images"], found["cap"], found["width"]) == (12, 16, 24)
     for i, share in enumerate(SHARES):
@@ -62,16 +51,6 @@ def test_ranks_are_the_released_ones(golden, size):
         assert found["pca_global_centered"][i] == golden[f"pca_centered_global_dims_{share}"]
 
 
-def test_dimensions_per_image_are_the_released_ones(golden):
-    tokens = torch.tensor(golden["features"], dtype=torch.float64)
-    basis = torch.linalg.eigh(torch.einsum("bnc,bnd->cd", tokens, tokens))[1].flip(1)
-    svd = analyses.dimensions(analyses.squared_singular_values(tokens))
-    pca = analyses.dimensions((tokens @ basis).square().sum(1))
-    for i, share in enumerate(SHARES):
-        assert svd[:, i].tolist() == golden[f"svd_dims_{share}"].tolist()
-        assert pca[:, i].tolist() == golden[f"pca_dims_{share}"].tolist()
-
-
 @pytest.mark.parametrize("shape", [(2, 5, 9), (2, 9, 5)])
 def test_squared_singular_values_are_those_of_the_svd(shape):
     tokens = torch.randn(shape, dtype=torch.float64)
@@ -81,13 +60,6 @@ def test_squared_singular_values_are_those_of_the_svd(shape):
 def test_a_share_met_exactly_counts():
     energies = torch.tensor([[4.0, 4.0, 1.0, 1.0], [1.0, 0.0, 0.0, 0.0]])
     assert analyses.dimensions(energies, (0.4, 0.8, 0.81, 1.0)).tolist() == [[1, 2, 3, 4], [1, 1, 1, 1]]
-
-
-@pytest.mark.parametrize("size", [1, 2, 12, 101])
-def test_percentile_of_counts_is_numpys(size):
-    values = np.random.RandomState(size).randint(1, 30, size)
-    counts = torch.bincount(torch.tensor(values), minlength=31)
-    assert analyses.count_percentile(counts) == pytest.approx(np.percentile(values, 99), abs=1e-9)
 
 
 def test_random_rotations_take_away_a_shared_basis():
@@ -113,12 +85,6 @@ def test_images_are_the_first_of_each_class_then_the_second():
     assert analyses.one_of_each_class([0, 0, 2, 1, 2, 1], 5) == [0, 3, 2, 1, 5]
 
 
-def test_no_images_are_refused():
-    for analysis in (analyses.rank_analysis, analyses.entropy_over_depth):
-        with pytest.raises(ValueError, match="no images"):
-            analysis(lambda: iter(()))
-
-
 # Pairs of blocks
 
 U_SHAPE = [3.0, 2.5] + [1.0] * 16 + [2.0, 2.2, 2.5, 3.0, 4.0, 6.0]
@@ -131,14 +97,10 @@ STAGES = [4, 8, 16, 32]
         (U_SHAPE, [16] * 12, [16] * 24, 8, [0, 1, 6, 7, 8, 9, 10, 11], [0, 1, 18, 19, 20, 21, 22, 23]),
         (U_SHAPE[::-1], [16] * 12, [16] * 24, 8, [0, 1, 2, 3, 4, 5, 10, 11], [0, 1, 2, 3, 4, 5, 22, 23]),
         (U_SHAPE, [16] * 12, [16] * 24, 1, [11], [23]),
-        (U_SHAPE, [16] * 12, [16] * 24, 2, [10, 11], [22, 23]),
         (U_SHAPE, [16] * 12, [16] * 24, 3, [0, 10, 11], [0, 22, 23]),
         (list(range(6)), [16] * 4, [16] * 6, 3, [1, 2, 3], [3, 4, 5]),  # rising: the last ones
-        (list(range(6))[::-1], [16] * 4, [16] * 6, 3, [0, 1, 2], [0, 1, 2]),
         ([1.0] * 6, [16] * 4, [16] * 6, 4, [0, 1, 2, 3], [0, 1, 4, 5]),  # flat: as even as can be
         (U_SHAPE[:1] + U_SHAPE[-5:], [16] * 12, [16] * 6, 4, [0, 7, 9, 11], [0, 3, 4, 5]),  # a deeper student
-        ([1.0, 2.0, 1.5], [16] * 3, [16] * 3, 3, [0, 1, 2], [0, 1, 2]),
-        ([2.0, 1.0, 3.0, 4.0], STAGES, STAGES, 4, [0, 1, 2, 3], [0, 1, 2, 3]),
         ([9.0, 2.0, 1.0, 3.0, 4.0], STAGES, [2, *STAGES], 4, [0, 1, 2, 3], [1, 2, 3, 4]),  # the stem has no partner
         ([9.0, 1.0, 1.0, 1.0, 5.0], STAGES, [2, *STAGES], 1, [3], [4]),  # and does not count
         ([2.0, 1.0, 3.0, 4.0], [2, *STAGES], STAGES, 3, [1, 3, 4], [0, 2, 3]),
@@ -167,7 +129,6 @@ def test_pairs_are_ascending_and_the_best_for_all_depths():
     ("student", "teacher", "message"),
     [
         ([16] * 4, [16] * 12, "5 pairs: the student has only 4 blocks"),
-        ([16] * 12, [16] * 4, "5 pairs: the teacher has only 4 blocks"),
         ([2, 4, 8, 16, 32], STAGES, "5 pairs: the student has only 4 stages of equal resolution"),
     ],
 )

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "main": PARTS | {"builders", "loaders", "scoring"},
     "scoring": PARTS | {"builders", "export"},
     "demo": {"main", "analyze", "tables", "faults", "flags"},
-    "verify": PARTS | {"builders", "analyses"},
+    "verify": PARTS | {"builders", "analyses", "tables"},
     "analyze": {"builders", "plots", "analyses", *PARTS} - {"engine", "losses"},
     "builders": PARTS | {"loaders"},
     "export": {"models", "model_names", "weights", "utils"},

@@ -14,7 +14,10 @@ from timm.data import create_transform, resolve_model_data_config
 import verify
 from utils import UserError
 
-MODELS = {"cait_s24_224": {"embed_dim": 24, "num_heads": 2}, "deit_tiny_lift_patch16_224": {"embed_dim": 24}}
+MODELS = {
+    "cait_s24_224": {"embed_dim": 24, "num_heads": 2, "depth": 2},
+    "deit_tiny_lift_patch16_224": {"embed_dim": 24, "depth": 3},
+}
 
 
 def ranks_of(tokens):
