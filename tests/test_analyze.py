@@ -341,7 +341,7 @@ def test_bad_input_is_a_user_error(case, files):
     ("program", "argv", "message"),
     [
         ("analyze.py", "--model deit_tini", "deit_tini: timm has no model deit_tini: try .*"),
-        ("verify.py", "--data-path nowhere", "--data-path nowhere is not a folder"),
+        ("verify.py", "--data-path nowhere", "nowhere/val does not exist: .*"),
     ],
 )
 def test_bad_input_ends_with_one_line_and_exit_code_2(program, argv, message, monkeypatch, capsys):
