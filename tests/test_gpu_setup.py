@@ -58,7 +58,7 @@ class Exchange:
     """A collective that takes 50 ms."""
 
     def __init__(self, tensor, **options):
-        self.done = time.perf_counter() + 0.05
+        self.done = time.perf_counter() + 1
         assert options["async_op"]
 
     def wait(self):
@@ -74,7 +74,7 @@ def test_a_step_does_not_wait_for_the_stop_request(monkeypatch):
     request.group, request.noted = object(), 15
     began = time.perf_counter()
     assert request() == 0  # the answer of the call before, of which there is none
-    assert time.perf_counter() - began < 0.03
+    assert time.perf_counter() - began < 0.9
     assert request() == 15
 
 
