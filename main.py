@@ -55,7 +55,6 @@ TERMS = ["loss", *losses.TERMS]
 def main(args: Flags) -> dict | None:
     """Train, evaluate or export, as the flags say; return the scores if evaluating."""
     # Set-up
-    began_at = time.time()
     should_stop = faults.StopRequest()
     device = faults.init_distributed(args.device, args.dist_url, args.dist_timeout, args.world_size)
     set_numerics(args.deterministic)
@@ -72,7 +71,7 @@ def main(args: Flags) -> dict | None:
         if args.teacher_path:
             args = complete_teacher(args, stored_args(load_checkpoint(args.teacher_path)))
         models.check_name(args.teacher_model)
-    run_status.begin(folder and folder.folder, began_at)
+    run_status.begin(folder and folder.folder)
     amp_dtype = getattr(torch, args.amp_dtype or ("float16" if device.type == "cuda" else "float32"))
 
     # Data
@@ -297,7 +296,9 @@ def dry_run(args: Flags, state: TrainState, train, loader, device: torch.device,
 def run(args: Flags) -> None:
     """Run the program; `record` reports unexpected errors to torchrun."""
     faults.end_with_launcher()
-    with faults.exit_codes(datasets.BadImageError, LoaderError):
+    user_errors = datasets.BadImageError, LoaderError
+    # Twice, because a signal may arrive at the end of the inner block, before it handles an error.
+    with faults.exit_codes(*user_errors), faults.exit_codes(*user_errors):
         main(args)
         faults.leave_distributed()
 

@@ -312,12 +312,10 @@ class RunStatus:
 
     folder: Path | None = None
 
-    def begin(self, folder: Path | None, began: float) -> None:
-        """Start to write to a folder; before that, a refused start leaves the status of the run in it.
-
-        `began` is the time at which the process began; another rank of the run may have failed since.
-        """
-        self.folder, self.began = folder, began
+    def begin(self, folder: Path | None) -> None:
+        """Start to write to a folder; a collective. A start refused before that leaves the status of the run in it."""
+        self.folder = folder
+        self.attempt = gather_objects(secrets.token_hex(8))[0]  # because clocks of machines differ
         self.write("running")
 
     def write(self, status: str, **facts: Any) -> None:
@@ -325,10 +323,11 @@ class RunStatus:
         if self.folder is None or (rank() != 0 and status != "failed"):
             return
         path = self.folder / "status.json"
-        with contextlib.suppress(OSError):
-            if '"status": "running"' not in path.read_text() and path.stat().st_mtime >= self.began:
+        with contextlib.suppress(OSError, ValueError):
+            before = json.loads(path.read_text())
+            if before.get("attempt") == self.attempt and before["status"] != "running":
                 return
-        facts = {"status": status, **facts, "pid": os.getpid(), "host": socket.gethostname()}
+        facts = {"status": status, **facts, "pid": os.getpid(), "host": socket.gethostname(), "attempt": self.attempt}
         text = json.dumps(facts | {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}).encode()
         try:
             write_atomically(path, lambda file: file.write(text))

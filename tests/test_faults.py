@@ -161,6 +161,29 @@ def test_signal_during_start_up_stops_at_once(tmp_path):
     assert status(tmp_path)["status"] == "preempted"
 
 
+def test_signal_while_a_rank_waits_for_another_to_start(tmp_path):
+    """Rank 0 waits in DDP for rank 1, which is the first to end: an error and the signal reach rank 0 together."""
+    wait = """
+import os, time, torch
+parallel = torch.nn.parallel.DistributedDataParallel
+begin = parallel.__init__
+def init(*args, **kwargs):
+    print("waits", flush=True)
+    time.sleep(60 * int(os.environ["RANK"]))
+    begin(*args, **kwargs)
+parallel.__init__ = init
+"""
+    runs = fork(*flags_of(tmp_path), ranks=2, before=wait)
+    for run in runs:
+        run.says("waits")
+    time.sleep(1)
+    for run in runs:
+        run.send(signal.SIGTERM)
+    assert codes(runs) == [STOPPED, STOPPED]
+    assert "Traceback" not in runs[0].text
+    assert status(tmp_path)["status"] == "preempted"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["torchrun's", "Ctrl-C"])
 def test_signal_to_the_group_leaves_workers_to_their_process(number, tmp_path):
     """A worker that acted on the signal would end the run with an error."""

@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import threading
-import time
 
 import pytest
 import torch
@@ -47,7 +46,7 @@ def test_an_error_is_one_line_and_a_code(error, code, line, capsys):
 
 
 def test_a_fault_of_the_program_keeps_its_traceback_and_is_noted(tmp_path):
-    utils.run_status.begin(tmp_path, time.time())
+    utils.run_status.begin(tmp_path)
     with pytest.raises(RuntimeError, match="a fault"), faults.exit_codes():
         raise RuntimeError("a fault")
     assert json.loads((tmp_path / "status.json").read_text())["status"] == "failed"
@@ -56,7 +55,7 @@ def test_a_fault_of_the_program_keeps_its_traceback_and_is_noted(tmp_path):
 def test_a_signal_cannot_interrupt_the_report_of_an_error(tmp_path, monkeypatch, capsys):
     """As torchrun's does, which notices the lost rank while another one still waits to report it."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    utils.run_status.begin(tmp_path, time.time())
+    utils.run_status.begin(tmp_path)
     faults.StopRequest()
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
     with pytest.raises(SystemExit) as end, faults.exit_codes():
@@ -66,14 +65,20 @@ def test_a_signal_cannot_interrupt_the_report_of_an_error(tmp_path, monkeypatch,
     assert json.loads((tmp_path / "status.json").read_text())["status"] == "failed"
 
 
-def test_an_early_failure_of_another_rank_stays_on_record(tmp_path):
-    """Rank 1 may fail before a slow rank 0 writes its first status."""
-    began = time.time() - 60
-    (tmp_path / "status.json").write_text('{"status": "failed", "reason": "the sky fell"}')
-    utils.run_status.begin(tmp_path, began)
-    assert json.loads((tmp_path / "status.json").read_text())["reason"] == "the sky fell"
-    utils.run_status.begin(tmp_path, time.time() + 60)
-    assert json.loads((tmp_path / "status.json").read_text())["status"] == "running"
+def test_the_first_end_of_an_attempt_stays_on_record(tmp_path):
+    """Rank 1 may fail before a slow rank 0 writes its first status, and both may report the end."""
+
+    def status():
+        return json.loads((tmp_path / "status.json").read_text())
+
+    (tmp_path / "status.json").write_bytes(b"\xff")  # damaged
+    utils.run_status.begin(tmp_path)
+    assert status()["status"] == "running"
+    for later in ("failed", "preempted", "running"):
+        utils.run_status.write(later)
+        assert status()["status"] == "failed"
+    utils.run_status.begin(tmp_path)  # a new attempt
+    assert status()["status"] == "running"
 
 
 def test_a_refused_start_leaves_the_status_of_the_run_it_ran_into(tmp_path):
