@@ -1,13 +1,16 @@
 """Recipes repeat published settings, differ from their controls in one thing, explain themselves and run."""
 
 import json
+import os
 import re
 import shlex
+import subprocess
 
 import pytest
 import timm
 import torch
 from conftest import ROOT, jpeg_folder
+from processes import until
 
 import main
 from flags import key_values, parse_args
@@ -202,3 +205,32 @@ def test_a_recipe_builds_and_trains_two_steps(recipe, read, teacher_files, capsy
     output = capsys.readouterr().out
     assert "nothing was written" in output
     assert output.count(" <- ") == (len(args.s_id) if args.w_fft else 0)
+
+
+# Stand-ins for SLURM's commands: the run saves when it gets the signal, or ends at once with an error.
+SRUN = """#!/bin/bash
+trap 'echo "{\\"status\\": \\"preempted\\"}" > "$FOLDER/status.json"; exit 143' TERM
+touch "$FOLDER/begun"
+[ "$FAILS" ] && exit 1
+while :; do sleep 0.05; done
+"""
+SCONTROL = '#!/bin/bash\necho "$@" >> "$FOLDER/scontrol"\n'
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+@pytest.mark.parametrize("recipe", ["one_node", "several_nodes"])
+def test_slurm_requeues_what_the_time_limit_stopped(recipe, stopped, tmp_path):
+    """A run that fails before it writes its status must not be requeued because of an older status."""
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("ip", "#!/bin/bash\n")):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "status.json").write_text('{"status": "preempted"}')
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "FOLDER": str(tmp_path)}
+    environment |= {"SLURM_JOB_ID": "7", "SLURM_NNODES": "4", "FAILS": "" if stopped else "1"}
+    job = subprocess.Popen(["bash", f"recipes/{recipe}.slurm", "x.args", "data", str(tmp_path)], env=environment)
+    if stopped:
+        until((tmp_path / "begun").exists)
+        job.terminate()
+    assert job.wait(60) == (143 if stopped else 1)
+    calls = (tmp_path / "scontrol").read_text() if (tmp_path / "scontrol").exists() else ""
+    assert ("requeue 7" in calls) == stopped
