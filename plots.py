@@ -188,11 +188,8 @@ def draw_training(table: list) -> Figure:
     mosaic: list[list[Any]] = [["test_acc1", term] for term in terms] or [["test_acc1"]]
     figure = Figure(figsize=(10, 5.8), dpi=200, layout="constrained")
     axes = figure.subplot_mosaic(mosaic, width_ratios=(5, 3)[: len(mosaic[0])], sharex=True)
-    one_student = len({row["student"] for row, _ in table}) == 1 and table[0][0]["student"]
-    for i, (row, runs) in enumerate(table):
+    for i, (label, (_, runs)) in enumerate(zip(row_labels(table), table, strict=True)):
         style: Any = {"color": COLORS[i % len(COLORS)], "ls": STYLES[i // len(COLORS) % len(STYLES)], "lw": 1.3}
-        label = row["method"] if one_student else f"{text(row['student']).partition(' ')[0]}: {row['method']}"
-        label = ", ".join([label, *(f"{name} {text(x)}" for name, x in row["varied"].items() if x not in (None, []))])
         for j, run in enumerate(runs):
             for name, axis in axes.items():  # unused terms are logged as zero
                 points = [(epoch + 1, stats[name]) for epoch, stats in sorted(run.epochs.items()) if stats.get(name)]
@@ -213,6 +210,17 @@ def draw_training(table: list) -> Figure:
     return figure
 
 
+def row_labels(table: list, without: str = "") -> list[str]:
+    """Return a label per row: its student, if there are several, its method, and the varied flags but one."""
+    students = [text(row["student"]).partition(" ")[0] or row["run"] for row, _ in table]
+    labels = []
+    for student, (row, _) in zip(students, table, strict=True):
+        label = row["method"] if len(set(students)) == 1 else f"{student}: {row['method']}"
+        shown = {name: x for name, x in row["varied"].items() if name not in ("model", without) and x not in (None, [])}
+        labels.append(", ".join([label, *(f"{name} {text(x)}" for name, x in shown.items())]))
+    return labels
+
+
 def text(value) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
 
@@ -220,21 +228,20 @@ def text(value) -> str:
 def draw_sweep(table: list) -> Figure:
     """Draw the best top-1 of (row, runs) pairs over the first varied flag, with the deviation over seeds.
 
-    There is a line per method and setting; rows to which the flag does not apply are horizontal lines. If the flag's
-    values are not numbers, `draw_rows` draws the pairs.
+    Rows that differ only in the flag are a line; rows to which it does not apply are horizontal. If the flag's values
+    are not numbers, `draw_rows` draws the pairs.
     """
     (flag, *_), lines = table[0][0]["varied"], {}
     if not all(isinstance(row["varied"][flag], (int, float, type(None))) for row, _ in table):
         return draw_rows(table)
     figure = Figure(figsize=(6, 4.2), dpi=200, layout="constrained")
     axis = figure.subplots()
-    for row, _ in table:
-        _, *others = row["varied"].items()
-        label = ", ".join([row["method"].partition(" (")[0], *(f"{name} {text(y)}" for name, y in others if text(y))])
-        lines.setdefault(label, []).append((row["varied"][flag], row["best"], row["best_std"] or 0))
-    for i, (label, points) in enumerate(lines.items()):
+    for label, (row, _) in zip(row_labels(table, without=flag), table, strict=True):
+        x, others = row["varied"][flag], [row[name] for name in ("data_set", "teacher", "epochs", "global_batch")]
+        lines.setdefault((label, x is None, *others), []).append((x, row["best"], row["best_std"] or 0))
+    for i, ((label, horizontal, *_), points) in enumerate(lines.items()):
         style: Any = {"color": COLORS[i % len(COLORS)], "label": label}
-        if points[0][0] is None:
+        if horizontal:
             axis.axhline(points[0][1], ls="--", **style)
         else:
             axis.errorbar(*zip(*points, strict=True), marker=MARKERS[i % len(MARKERS)], capsize=2, **style)
@@ -246,17 +253,17 @@ def draw_sweep(table: list) -> Figure:
 
 
 def draw_rows(table: list) -> Figure:
-    """Draw the best top-1 of each run as a dot, and the mean of each row with its standard error."""
+    """Draw the best top-1 of each run as a dot, and the mean of each row over seeds with its standard error."""
     figure = Figure(figsize=(PAGE_WIDTH, 0.9 + 0.28 * len(table)), dpi=200, layout="constrained")
     axis = figure.subplots()
     for y, (row, runs) in enumerate(table):
         axis.plot([run.top1["best"] for run in runs], [y] * len(runs), "o", ms=4, mfc="none", color="0.6")
-        error = (row["best_std"] or 0) / math.sqrt(len(runs))
-        axis.errorbar(row["best"], y, xerr=error, fmt="o", ms=4, capsize=3, color=COLORS[0])
-    varied = [", ".join([*filter(None, map(text, row["varied"].values())), row["method"]]) for row, _ in table]
-    axis.set_yticks(range(len(table)), varied)
+        if row["best_std"] is not None:
+            error = row["best_std"] / math.sqrt(len(runs))
+            axis.errorbar(row["best"], y, xerr=error, fmt="o", ms=4, capsize=3, color=COLORS[0])
+    axis.set_yticks(range(len(table)), row_labels(table))
     axis.invert_yaxis()
-    figure.supxlabel("best top-1 on the validation set, %; mean ± standard error over seeds", fontsize="medium")
     axis.grid(axis="x", color="0.9")
     axis.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("best top-1 on the validation set, %; mean ± standard error over seeds", fontsize="medium")
     return figure

@@ -110,6 +110,7 @@ def test_the_cool_down_counts_as_in_timm(sched, write):
     assert (row["epochs"], row["done"]) == (epochs, epochs == 3)
 
 
+DEIT_SMALL = "deit_small_patch16_224"
 METHODS = {
     "no teacher": [],
     "soft KD": [*SPECTRAL, "--distillation-beta", "0"],
@@ -178,7 +179,7 @@ def test_what_cannot_change_the_result_cannot_be_varied(name, sweep, capsys):
 def test_a_sweep_of_numbers_is_drawn_as_lines(sweep):
     axis = plots.draw_sweep(tables.tabulate(runs.read_runs([str(sweep)]), ["w_fft", "s_id"])).axes[0]
     drawn = {bars.get_label(): [*zip(*bars[0].get_data(), strict=True)] for bars in axis.containers}
-    assert drawn == {"SpectralKD, s-id 0 11": [(0.05, 62.5), (10, 61.5)]}
+    assert drawn == {"SpectralKD (2 pairs), s-id 0 11": [(0.05, 62.5), (10, 61.5)]}
     assert [*axis.lines[0].get_ydata()] == [50, 50]  # the control, for any value
 
 
@@ -186,11 +187,24 @@ def test_any_other_sweep_is_drawn_as_rows(sweep):
     table = tables.tabulate(runs.read_runs([str(sweep)]), ["s_id", "w_fft"])
     axis = plots.draw_sweep(table).axes[0]
     labels = [label.get_text() for label in axis.get_yticklabels()]
-    assert labels == ["no teacher", "0 11, 0.05, SpectralKD (2 pairs)", "0 11, 10.0, SpectralKD (2 pairs)"]
+    spectral = "SpectralKD (2 pairs), s-id 0 11, w-fft"
+    assert labels == ["no teacher", f"{spectral} 0.05", f"{spectral} 10.0"]
     means = [(bars[0].get_xdata()[0], bars[0].get_ydata()[0]) for bars in axis.containers]
-    assert means == [(50, 0), (62.5, 1), (61.5, 2)]
-    left, right = axis.containers[1][2][0].get_segments()[0][:, 0]
+    assert means == [(62.5, 1), (61.5, 2)]  # one run has no mean
+    left, right = axis.containers[0][2][0].get_segments()[0][:, 0]
     assert right - left == pytest.approx(2 * 0.5)  # two seeds, 62 and 63
+
+
+def test_only_rows_that_differ_in_the_flag_are_joined(write):
+    """Two students, and a run without the flag."""
+    for student, top1 in ((DEIT_SMALL, 30), ("deit_tiny_patch16_224", 10)):
+        for clip in (1, 5):
+            write(f"{student}-{clip}", [1, 2, top1 + clip], "--model", student, "--clip-grad", clip)
+    folder = write("none", [1, 2, 20], "--model", DEIT_SMALL).parent
+    axis = plots.draw_sweep(tables.tabulate(runs.read_runs([str(folder)]), ["clip_grad"])).axes[0]
+    lines = {bars.get_label().split(":")[0]: [*bars[0].get_ydata()] for bars in axis.containers}
+    assert lines == {DEIT_SMALL: [31, 35], "deit_tiny_patch16_224": [11, 15]}
+    assert [*axis.lines[0].get_ydata()] == [20, 20]
 
 
 # Output
