@@ -94,7 +94,8 @@ class WideLast(VisionTransformer):
             **kwargs,
         )
         for name in ("cls_token", "pos_embed"):  # timm initialized them for the last width
-            setattr(self, name, nn.Parameter(getattr(self, name).detach()[..., : widths[0]].clone()))
+            narrow = getattr(self, name).detach()[..., : widths[0]]
+            setattr(self, name, nn.Parameter(narrow.new_empty(narrow.shape).copy_(narrow)))  # dense, as DDP wants it
         nn.init.normal_(self.cls_token, std=0.02)  # timm has 1e-6
         for block_info, width in zip(self.feature_info, widths, strict=True):
             block_info["num_chs"] = width

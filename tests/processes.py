@@ -166,7 +166,7 @@ import os, signal, sys, time, torch
 rank, step, trained = int(os.environ.get("RANK", 0)), -1, {anytime}
 def hook(module, args):
     global step, trained
-    if type(module).__name__ != "VisionTransformer":
+    if type(module).__name__ not in ("VisionTransformer", "Lift", "WideLast"):
         return
     trained |= module.training
     if not trained or module.training != {training}:

@@ -14,6 +14,7 @@ from processes import codes, epochs, errors, finish, fork, status, strike
 import main
 import utils
 from checkpoint import resumed_step
+from flags import FEATURE_LOSSES
 from weights import load_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -156,6 +157,25 @@ def test_every_state_is_resumed(name, tmp_path):
     resume = (*flags, "--output_dir", tmp_path / "stopped", "--resume", "auto")
     finish(STOPPED, *resume, before=before + strike(signal.SIGTERM, step=4 * 2 + 1))
     finish(0, *resume, before=before)
+    assert differences(expected, outcome(tmp_path / "stopped")) == []
+
+
+OBJECTIVES = [("deit_tiny_patch16_224", loss) for loss in FEATURE_LOSSES]
+OBJECTIVES += [("deit_tiny_lift_patch16_224", "mse_plain"), ("deit_tiny_widelast_patch16_224", "mse_plain")]
+
+
+@pytest.mark.parametrize(("student", "loss"), OBJECTIVES)
+def test_every_feature_loss_and_student_is_resumed(student, loss, teacher_file, tmp_path):
+    """With two processes, stopped in epoch 1 after step 2 of 4."""
+    flags = tiny_run(*distil(teacher_file, "--model", student, "--feature-loss", loss), "--epochs", 2)
+    flags += ["--batch-size", "8", "--unscale-lr", "--lr", "1e-3"]
+    runs = finish(0, *flags, "--output_dir", tmp_path / "straight", ranks=2)
+    assert "UserWarning" not in runs[0].text
+    resume = (*flags, "--output_dir", tmp_path / "stopped", "--resume", "auto")
+    finish(STOPPED, *resume, ranks=2, before=strike(signal.SIGTERM, step=4 + 1))
+    finish(0, *resume, ranks=2)
+    expected = outcome(tmp_path / "straight")
+    assert expected["log"][1]["train_loss_fft"] > 0
     assert differences(expected, outcome(tmp_path / "stopped")) == []
 
 

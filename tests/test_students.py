@@ -10,6 +10,7 @@ from conftest import ROOT, TEACHER, tiny_run
 from processes import finish
 from torch.utils.flop_counter import FlopCounterMode
 
+import analyze
 import models
 import students
 from spectral import FeatureHooks
@@ -116,7 +117,7 @@ def test_arguments_that_do_not_agree_are_refused(student, kwargs, message):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [LIFT, WIDELAST])
-def test_students_train_score_and_export_like_any_model(name, teacher_file, tmp_path):
+def test_students_train_score_export_and_are_analyzed(name, teacher_file, tmp_path):
     """Two processes, so that DistributedDataParallel meets every parameter; the export loads in plain timm."""
     pairs = ["--s-id", "0", "3", "--t-id", "0", "5", "--teacher-path", teacher_file, "--teacher-kwargs", *TEACHER]
     finish(0, *tiny_run("--model", name, "--distillation-type", "soft", *pairs, "--output_dir", tmp_path), ranks=2)
@@ -126,3 +127,10 @@ def test_students_train_score_and_export_like_any_model(name, teacher_file, tmp_
     finish(0, *own, "--export", tmp_path / "exported")
     model = build(name, **TINY | {"depth": 4, "num_classes": 24})
     timm.models.load_checkpoint(model, str(tmp_path / "exported" / "model.safetensors"))
+    where = ["--output_dir", str(tmp_path / "analysis"), "--device", "cpu", "--num_workers", "0"]
+    analyze.main(analyze.parse_args(["--checkpoint", str(tmp_path), *where]))
+    shapes = [
+        block["shape"]
+        for block in json.loads((tmp_path / "analysis" / "spectra.json").read_text())["models"][0]["blocks"]
+    ]
+    assert shapes == [[24, 4, 4]] * 3 + [[48, 4, 4]]
