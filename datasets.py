@@ -187,14 +187,14 @@ def _decode(path):
 def _to_8_bits(image):
     """Scale an image of mode I;16, I;16B, I or F to mode L; PIL would clip it.
 
-    Integers in 0..65535, and floats in 0..1 or 0..255, are mapped to 0..255. Images with values outside these ranges
-    are scaled by their own minimum and maximum.
+    Of 16 bits, 0..65535 is mapped to 0..255. Integers of 32 bits in 0..255 or 0..65535, and floats in 0..1 or 0..255,
+    are mapped in the same way; with other values, they are scaled by their own minimum and maximum.
     """
     pixels = np.asarray(image).astype(np.float64)
     low, high = pixels.min(), pixels.max()
     if not np.isfinite([low, high]).all():
         raise ValueError("it has pixels that are not finite")
-    tops = (65535,) if image.mode[0] == "I" else (1, 255)
+    tops = {"I": (255, 65535), "F": (1, 255)}.get(image.mode, (65535,))
     top = next((top for top in tops if low >= 0 and high <= top), None)
     if top is None:
         pixels, top = pixels - low, (high - low) or 1

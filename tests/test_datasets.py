@@ -221,6 +221,7 @@ RAMP = np.linspace(0, 65535, 256).reshape(16, 16)  # every 8-bit level once
         (RAMP.astype("<u2"), "I;16"),
         (RAMP.astype(">u2"), "I;16B"),
         (RAMP.astype("<i4"), "I"),
+        (RAMP.astype("<i4") // 257, "I"),
         (RAMP.astype("<i4") * 1000 - 5, "I"),
         (RAMP.astype("<f4") / 65535, "F"),
         (RAMP.astype("<f4") / 257, "F"),
