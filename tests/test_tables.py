@@ -7,10 +7,11 @@ import json
 import pytest
 import timm.scheduler
 import torch
-from conftest import TEACHER
+from conftest import ROOT, TEACHER
 from logs import SOFT, SPECTRAL, cells, log_line, rows_of, write_run
 from PIL import Image
 
+import flags
 import plots
 import runs
 import tables
@@ -289,3 +290,43 @@ def test_all_published_rows_are_shown_without_runs(show):
 
 def test_a_table_does_not_wait_for_matplotlib():
     assert not hasattr(tables, "plots")  # torch is ruled out in test_house.py
+
+
+# The measured table
+
+STUDENTS = {"DeiT": "deit_tiny_patch16_224", "Lift": "deit_tiny_lift_patch16_224"}
+STUDENTS |= {"WideLast": "deit_tiny_widelast_patch16_224", "CaiT, the teacher (one seed)": "cait_s24_224"}
+MEASURED = {"+ plain MSE": "soft KD + mse_plain (1 pair)", "+ spectral": "SpectralKD (1 pair)"}
+MEASURED |= {"+ Manifold": "soft KD + manifold (1 pair)", "+ trained projector": "soft KD + projector_trained (1 pair)"}
+
+
+def test_the_table_of_gratings_is_that_of_its_logs():
+    section = (ROOT / "docs" / "reproducing.md").read_text().partition("## A measured table on GRATINGS")[2]
+    shown = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("| ")]
+    rows = [
+        row for row, _ in tables.tabulate(runs.read_runs(sorted(map(str, (ROOT / "results/gratings").glob("*/")))), [])
+    ]
+    found = {(row["student"].split()[0], row["method"]): row for row in rows}
+    assert len(shown) - 1 == len(found) == 11
+
+    def text(row, name):
+        error = row[f"{name}_std"]
+        return f"{row[name]:.2f}" + ("" if error is None else f" ± {error / len(row['seeds']) ** 0.5:.2f}")
+
+    for student, parameters, method, best, last10, gain in shown[1:]:
+        row = found[STUDENTS[student], MEASURED.get(method, method)]
+        assert len(row["seeds"]) == (1 if "teacher" in student else 5)
+        assert [f"{row['parameters']:,}", text(row, "best"), text(row, "last10")] == [parameters, best, last10]
+        assert gain == (f"{row['gain_soft_kd']:+.2f} ± {row['gain_soft_kd_se']:.2f}" if gain else "")
+
+
+@pytest.mark.parametrize("name", ["teacher", "none", "deit", "lift", "widelast"])
+def test_the_settings_of_gratings_are_those_of_its_runs(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    given = vars(flags.get_args_parser().parse_args([f"@results/gratings/{name}.args"]))
+    varied = {"output_dir", "resume", "seed", "feature_loss", "w_fft", "world_size"}
+    logs = [*(ROOT / "results" / "gratings" / name).rglob("args.json")]
+    assert len(logs) in (1, 5, 10, 25)
+    for log in logs:
+        ran = json.loads(log.read_text())
+        assert {key: ran[key] for key in given.keys() - varied} == {key: given[key] for key in given.keys() - varied}
