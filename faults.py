@@ -233,7 +233,7 @@ def end_with_launcher(grace: float = 4.0) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def launched_as(expected: int | None = None) -> tuple[int, int]:
+def launched_as() -> tuple[int, int]:
     """Return (rank, number of processes) from the launcher's variables, (0, 1) without one; check them."""
     env = os.environ
     launched = "RANK" in env or "WORLD_SIZE" in env
@@ -245,21 +245,16 @@ def launched_as(expected: int | None = None) -> tuple[int, int]:
     number, size = (env.get("RANK", "unset"), env.get("WORLD_SIZE", "unset")) if launched else ("0", "1")
     if not (number.isdecimal() and size.isdecimal() and int(number) < int(size)):
         raise UserError(f"RANK is {number} and WORLD_SIZE is {size}: expected 0 <= RANK < WORLD_SIZE; use a launcher")
-    if expected not in (None, int(size)):
-        fix = f"start with python -m torch.distributed.run --nproc_per_node={expected}, or leave it out"
-        raise UserError(f"--world_size {expected} does not match the {size} processes: {fix}")
     return int(number), int(size)
 
 
-def init_distributed(
-    device: str = "auto", dist_url: str = "env://", timeout: float = 1800.0, expected: int | None = None
-) -> torch.device:
+def init_distributed(device: str = "auto", dist_url: str = "env://", timeout: float = 1800.0) -> torch.device:
     """Join the launcher's process group, if there is one, and return this process's device.
 
     `device` is auto, cuda (the GPU of LOCAL_RANK), cuda:N or cpu. A collective that a process does not join ends the
-    job after `timeout` seconds. `expected` is the number of processes that the user expects, or None.
+    job after `timeout` seconds.
     """
-    number, size = launched_as(expected)
+    number, size = launched_as()
     chosen = _choose_device(device, size)
     if "RANK" not in os.environ:
         return chosen

@@ -184,7 +184,7 @@ def add_run_flags(group) -> None:
     add("--real-labels", nargs="?", const="timm", default="", metavar="FILE", help=help_text)
     add("--wandb", default="", metavar="PROJECT", help="also log to this Weights & Biases project (pip install wandb)")
     add("--local-rank", "--local_rank", type=from_old_launcher, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    add("--world_size", "--world-size", type=AT_LEAST_ONE, help="expected number of processes")
+    add("--world_size", "--world-size", type=AT_LEAST_ONE, help="accepted because DeiT has it; has no effect")
     add("--dist_url", "--dist-url", default="env://", help="where processes meet, for torch.distributed")
     add("--dist-timeout", type=POSITIVE, default=1800, help="seconds before a hung collective ends the job")
 

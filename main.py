@@ -56,7 +56,7 @@ def main(args: Flags) -> dict | None:
     """Train, evaluate or export, as the flags say; return the scores if evaluating."""
     # Set-up
     should_stop = faults.StopRequest()
-    device = faults.init_distributed(args.device, args.dist_url, args.dist_timeout, args.world_size)
+    device = faults.init_distributed(args.device, args.dist_url, args.dist_timeout)
     set_numerics(args.deterministic)
     if args.import_module:
         models.import_models(args.import_module)

@@ -598,7 +598,6 @@ STARTS = {
     "rank too high": ("", {"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2 and WORLD_SIZE is 2: expected"),
     "not a number": ("", {"RANK": "zero", "WORLD_SIZE": "1"}, "RANK is zero and WORLD_SIZE is 1: expected"),
     "no address": ("", {"RANK": "0", "WORLD_SIZE": "1"}, "the processes cannot connect: .*MASTER_ADDR"),
-    "other number": ("--world_size 4", {}, "--world_size 4 does not match the 1 processes: "),
     "no resume": ("", RESTARTED, "--max-restarts would start the run from the beginning each time: add --resume auto"),
     "old store": ("--resume auto", RESTARTED, OWN_STORE),
 }
@@ -612,7 +611,7 @@ def test_start_that_contradicts_itself_is_refused(name, tmp_path):
 
 
 def test_one_task_of_slurm_needs_no_launcher():
-    finish(0, *tiny_run("--world_size", 1), env={"SLURM_PROCID": "0", "SLURM_NTASKS": "1"})
+    finish(0, *tiny_run("--world_size", 8), env={"SLURM_PROCID": "0", "SLURM_NTASKS": "1"})
 
 
 # Sweeps, on request
