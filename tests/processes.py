@@ -38,7 +38,7 @@ class Run:
     def send(self, number):
         os.kill(self.pid, number)
 
-    def says(self, words, timeout=60):
+    def says(self, words, timeout=180):
         """Wait for words in the output; return the run."""
 
         def said():
