@@ -55,7 +55,7 @@ def test_nccl_is_bound_to_its_gpu_and_gloo_times_out_first(recorded, monkeypatch
 
 
 class Exchange:
-    """A collective that takes 50 ms."""
+    """A collective that takes a second."""
 
     def __init__(self, tensor, **options):
         self.done = time.perf_counter() + 1
@@ -63,9 +63,6 @@ class Exchange:
 
     def wait(self):
         time.sleep(max(0, self.done - time.perf_counter()))
-
-    def get_future(self):
-        return torch.futures.Future()
 
 
 def test_a_step_does_not_wait_for_the_stop_request(monkeypatch):
