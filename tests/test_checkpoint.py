@@ -6,11 +6,11 @@ import inspect
 import os
 import random
 import signal
+import socket
 import time
 
 import pytest
-import torch
-from files import equal, largest_file, state
+from files import equal, state
 from processes import fork
 
 import utils
@@ -62,37 +62,6 @@ def test_a_hundred_kills_leave_whole_checkpoints(tmp_path):
     print(f"100 kills, {hits} while a file was written: every checkpoint whole")
 
 
-def test_a_bad_tensor_is_never_written(tmp_path):
-    folder = CheckpointFolder(tmp_path)
-    assert folder.save(state(1))
-    for part in ("model", "optimizer"):
-        bad = state(2)
-        tensor = bad["model"]["layer3.weight"] if part == "model" else bad["optimizer"]["state"][3]["exp_avg"]
-        tensor[0, 0] = torch.nan
-        with pytest.raises(utils.Diverged, match=f"checkpoint {part} .*3.* is not finite: not saved"):
-            folder.save(bad)
-    assert load_checkpoint(tmp_path / "checkpoint.pth")["number"] == 1
-
-
-def test_a_failed_save_keeps_the_files_and_the_third_in_a_row_raises(tmp_path, capsys):
-    folder = CheckpointFolder(tmp_path)
-    assert folder.save(state(1))
-    assert folder.save(state(2))
-    with largest_file(100_000):
-        assert not folder.save(state(3))
-        assert not folder.save(state(4))
-    assert folder.save(state(5))  # counting begins anew
-    with largest_file(100_000):
-        assert not folder.save(state(6))
-        assert not folder.save(state(7))
-        with pytest.raises(utils.UserError, match="3 checkpoints in a row could not be written"):
-            folder.save(state(8))
-    numbers = [load_checkpoint(tmp_path / name)["number"] for name in (folder.LATEST, folder.PREVIOUS)]
-    assert numbers == [5, 2]
-    assert not list(tmp_path.glob(".*.tmp"))
-    assert capsys.readouterr().out.count("warning: checkpoint not written; the previous one is kept: [Errno 27]") == 5
-
-
 def test_the_newest_valid_checkpoint_is_found_by_its_epoch(tmp_path, capsys):
     """Modification times are misleading: the oldest milestone has the latest one."""
     folder = CheckpointFolder(tmp_path)
@@ -122,11 +91,12 @@ def test_a_run_that_went_back_to_a_milestone_continues_from_there(tmp_path):
 
 
 def test_a_child_that_outlives_its_process_does_not_keep_the_lock(tmp_path):
-    """A loader worker may outlive its process for a moment."""
+    """A loader worker may outlive its process for a moment. A refusal names only the last of two holders."""
     lock = f"import os, time; from checkpoint import FolderLock; lock = FolderLock({str(tmp_path)!r})\n"
+    assert fork(before=f"{lock}os._exit(0)").code() == 0
     child = "pid = os.fork()\nif pid: print('child', pid, flush=True)\ntime.sleep(60)"
     run = fork(before=lock + child).says("child")
-    with pytest.raises(utils.UserError, match=f"is in use by pid {run.pid} on "):
+    with pytest.raises(utils.UserError, match=f"is in use by pid {run.pid} on {socket.gethostname()}: wait"):
         FolderLock(tmp_path, wait=0)
     run.send(signal.SIGKILL)
     run.code()

@@ -33,7 +33,6 @@ from processes import (
 import checkpoint
 import datasets
 import faults
-import utils
 
 pytestmark = pytest.mark.slow
 
@@ -384,16 +383,6 @@ def test_second_run_in_the_same_folder_is_refused(tmp_path):
     assert (status(tmp_path)["status"], status(tmp_path)["pid"]) == ("running", first.pid)
     first.send(signal.SIGKILL)
     finish(0, *flags_of(tmp_path, "--epochs", 1))
-
-
-def test_lock_names_its_last_holder_only(tmp_path):
-    """Processes take it, free it and take it again, because a lock does not exclude its own process."""
-    take = f"import os, time, checkpoint; lock = checkpoint.FolderLock({str(tmp_path)!r}); print('taken', flush=True)\n"
-    assert fork(before=f"{take}os._exit(0)").says("taken").code() == 0
-    holder = fork(before=f"{take}time.sleep(60)").says("taken")
-    with pytest.raises(utils.UserError, match=f"in use by pid {holder.pid} on {socket.gethostname()}: wait"):
-        checkpoint.FolderLock(tmp_path, wait=0)
-    holder.send(signal.SIGKILL)
 
 
 def test_ranks_that_see_different_folders_are_refused(tmp_path):
