@@ -4,36 +4,42 @@
 executes main.py as `python main.py` would. `torchrun` starts the real launcher, which takes seconds.
 """
 
-import atexit
-import functools
 import json
+import multiprocessing
 import os
 import re
 import runpy
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).parent.parent
+HOME = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # of the outputs, for the time of the tests
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["main"])  # the slow part
+# For the server and for torchrun. Hubs are offline and their caches empty; their libraries read this when imported.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+ENVIRONMENT |= {"HF_HUB_OFFLINE": "1", "HF_HOME": HOME.name, "TORCH_HOME": HOME.name}
 
 
 class Run:
     """A process that executes main.py. Its output is in `text`."""
 
-    def __init__(self, folder):
-        self.folder = Path(folder)
+    def __init__(self, output, process):
+        self.output, self.process = Path(output), process
 
     @property
     def text(self):
-        return (self.folder / "output").read_text(errors="replace")
+        return self.output.read_text(errors="replace")
 
     @property
     def pid(self):
-        return int(until(lambda: (self.folder / "pid").exists() and (self.folder / "pid").read_text()))
+        return self.process.pid
 
     def send(self, number):
         os.kill(self.pid, number)
@@ -53,21 +59,12 @@ class Run:
 
     def code(self, timeout=90):
         """Return the exit code, negative for a signal; None if it still runs after `timeout` seconds."""
-        path = self.folder / "code"
-        try:
-            return int(until(lambda: path.exists() and path.read_text(), timeout))
-        except TimeoutError:
-            return None
+        self.process.join(timeout)
+        return self.process.exitcode
 
 
 class LauncherRun(Run):
-    """A run under torch.distributed.run; `pid` is the launcher's."""
-
-    pid = property(lambda self: self.process.pid)
-
-    def __init__(self, folder, process):
-        super().__init__(folder)
-        self.process = process
+    """A run under torch.distributed.run, whose process is a subprocess.Popen."""
 
     def code(self, timeout=90):
         try:
@@ -100,11 +97,14 @@ def fork(*flags, ranks=1, before="", env=None):
     launcher = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
     runs = []
     for rank in range(ranks):
-        folder = Path(tempfile.mkdtemp(dir=server.home))
-        (folder / "output").touch()
+        handle, output = tempfile.mkstemp(dir=HOME.name)
+        os.close(handle)
         variables = {**(launcher | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}), **(env or {})}
-        server.order({"folder": str(folder), "flags": [*map(str, flags)], "before": before, "env": variables})
-        runs.append(Run(folder))
+        job = output, [*map(str, flags)], before, variables
+        process = SERVER.Process(target=become, args=job, daemon=True)  # daemons end with the tests
+        with mock.patch.dict(os.environ, ENVIRONMENT):  # the first start takes the server along
+            process.start()
+        runs.append(Run(output, process))
     return runs if ranks > 1 else runs[0]
 
 
@@ -125,7 +125,7 @@ def finish(code, *flags, timeout=90, **options):
 
 def torchrun(*flags, ranks=2, launcher=(), before="", env=None):
     """Start main.py under torch.distributed.run, whose own flags are `launcher`; `before` and `env` as in `fork`."""
-    folder = Path(tempfile.mkdtemp(dir=server.home))
+    folder = Path(tempfile.mkdtemp(dir=HOME.name))
     workers_only = f"import os\nif 'RANK' in os.environ:\n    exec({before!r}, {{}})\n"
     (folder / "sitecustomize.py").write_text(workers_only)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *launcher]
@@ -134,9 +134,9 @@ def torchrun(*flags, ranks=2, launcher=(), before="", env=None):
             [*command, str(ROOT / "main.py"), *map(str, flags)],
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder), **(env or {})},
+            env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(folder), **(env or {})},
         )
-    return LauncherRun(folder, process)
+    return LauncherRun(folder / "output", process)
 
 
 def status(folder):
@@ -218,85 +218,18 @@ def alive(pid):
     return stat(pid)[:1] not in ([], ["Z"])
 
 
-class Server:
-    """Fork runs of main.py; starts with the first order and ends with the tests."""
-
-    @functools.cached_property
-    def home(self):
-        self.directory = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        home = self.directory.name
-        # Hubs are offline and their caches empty; their libraries read this when imported.
-        offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": home, "TORCH_HOME": home}
-        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **offline}
-        self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, text=True, env=env)
-        atexit.register(self.close)
-        return home
-
-    def order(self, job):
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait()
-        self.directory.cleanup()
-
-
-server = Server()
-
-
-def serve():
-    """Read orders, one per line, and fork; each fork forks once more, to note the exit code."""
-    import main  # noqa: F401 the slow part
-
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nothing waits for the watchers
-    for line in sys.stdin:
-        if os.fork() == 0:
-            watch(json.loads(line))
-            os._exit(0)
-
-
-def watch(job):
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    folder = Path(job["folder"])
-    output = os.open(folder / "output", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    pid = os.fork()
-    if pid == 0:
-        become(job)
-    note(folder / "pid", pid)
-    note(folder / "code", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-
-
-def note(path, number):
-    path.with_suffix(".new").write_text(str(number))
-    path.with_suffix(".new").rename(path)
-
-
-def become(job):
+def become(output, flags, before, env):
     """Execute main.py in this process."""
+    multiprocessing.current_process()._config["daemon"] = False  # it may have loader workers
     os.setsid()
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.environ.update(job["env"])
-    sys.argv = [str(ROOT / "main.py"), *job["flags"]]
-    code = 0
+    for target, file, mode in ((0, os.devnull, os.O_RDONLY), (1, output, os.O_WRONLY | os.O_APPEND)):
+        os.dup2(os.open(file, mode), target)
+    os.dup2(1, 2)
+    os.environ.update(env)
+    sys.argv = [str(ROOT / "main.py"), *flags]
     try:
-        exec(job["before"], {})
+        exec(before, {})
         runpy.run_path(sys.argv[0], run_name="__main__")
-    except SystemExit as end:
-        code = end.code or 0
-    except BaseException:
-        import traceback
-
+    except Exception:
         traceback.print_exc()
-        code = 1
-    import multiprocessing.util
-
-    multiprocessing.util._exit_function()  # what a Python process does before it ends
-    sys.stdout.flush()
-    os._exit(code)
-
-
-if __name__ == "__main__":
-    serve()
+        raise SystemExit(1) from None
