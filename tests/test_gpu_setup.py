@@ -3,10 +3,7 @@
 import datetime
 import functools
 import inspect
-import os
 import signal
-import subprocess
-import sys
 import time
 from unittest import mock
 
@@ -15,7 +12,7 @@ import timm
 import torch
 import torch.distributed as dist
 from conftest import ROOT, tiny_run
-from processes import free_port
+from processes import fork
 
 import builders
 import faults
@@ -76,14 +73,14 @@ def test_a_step_does_not_wait_for_the_stop_request(monkeypatch):
 
 
 BLOCKED = """
-import os, signal, sys, time
+import os, time
 import faults
 faults.PATIENCE = 0.5
 faults.init_distributed("cpu")
 stop = faults.StopRequest()
 stop.between_steps(2)
 if os.environ["RANK"] == "1":
-    os.kill(os.getpid(), int(sys.argv[1]))
+    os.kill(os.getpid(), {})
 stop()
 time.sleep(60)
 """
@@ -93,25 +90,10 @@ time.sleep(60)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_lost_rank_ends_a_process_that_waits_for_its_gpu(number):
     """The main thread never reaches another collective, as when the queue of launches is full."""
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    first, lost = (
-        subprocess.Popen(
-            [sys.executable, "-c", BLOCKED, str(int(number))],
-            env=environment | {"RANK": str(rank)},
-            cwd=ROOT,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    )
-    try:
-        _, errors = first.communicate(timeout=40)
-    finally:
-        first.kill()
-        lost.kill()
-        lost.communicate()
-    assert first.returncode == 1
-    assert errors.splitlines()[-1].startswith("error: lost another process: "), errors
+    first, lost = fork(ranks=2, before=BLOCKED.format(int(number)))
+    assert first.code(40) == 1
+    assert first.text.splitlines()[-1].startswith("error: lost another process: ")
+    lost.process.kill()
 
 
 @pytest.mark.parametrize(("name", "constant"), [("swin_tiny_patch4_window7_224", True), ("resnet18", False)])
