@@ -174,18 +174,22 @@ def match_outputs(classes: list[str], model: nn.Module, name: str, known: list[s
     return None if index == list(range(len(known))) else index
 
 
-def build_teacher(args: argparse.Namespace, classes: list[str], device: torch.device, student: nn.Module):
-    """Return the frozen teacher on its device, or None without distillation."""
+def build_teacher(args: argparse.Namespace, checkpoint: dict | None, classes: list[str], device, student: nn.Module):
+    """Return the frozen teacher on its device, or None without distillation.
+
+    Args:
+        checkpoint: the content of --teacher-path; None for timm's weights.
+        classes: class names of the data set.
+    """
     if args.distillation_type == "none":
         return None
-    checkpoint, weights, count, what = {}, None, None, f"the teacher {args.teacher_model}"
+    weights, known, count, what = None, None, None, f"the teacher {args.teacher_model}"
     needs_logits = args.distillation_type != "fft"
-    if args.teacher_path:
-        what = f"--teacher-path {args.teacher_path}"
+    if checkpoint is not None:
+        what, known = f"--teacher-path {args.teacher_path}", checkpoint.get("classes")
         with as_user_error(f"{what}: ", UserError):
-            checkpoint = load_checkpoint(args.teacher_path)
             weights = extract_weights(checkpoint)
-        count = models.count_classes(args.teacher_model, weights, checkpoint.get("classes"))
+        count = models.count_classes(args.teacher_model, weights, known)
     # Rank 0 downloads timm's weights first.
     hint = "" if args.teacher_path else " (its weights can come from a file, --teacher-path)"
     named = as_user_error(f"{what}{hint}: ", UserError)
@@ -200,9 +204,7 @@ def build_teacher(args: argparse.Namespace, classes: list[str], device: torch.de
         )
     index = None
     if needs_logits:
-        known = checkpoint.get("classes") or models.class_names(
-            model, args.teacher_model, not args.teacher_path, model.num_classes
-        )
+        known = known or models.class_names(model, args.teacher_model, weights is None, model.num_classes)
         fix = "" if args.teacher_path else "; or fine-tune it on these classes and give --teacher-path"
         try:
             index = match_outputs(classes, model, args.teacher_model, known, what)

@@ -67,9 +67,11 @@ def main(args: Flags) -> dict | None:
     models.check_name(args.model)
     if args.export:
         return export(args, path, checkpoint)
+    teacher_file = None
     if args.distillation_type != "none" and not args.eval:
         if args.teacher_path:
-            args = complete_teacher(args, stored_args(load_checkpoint(args.teacher_path)))
+            teacher_file = load_checkpoint(args.teacher_path)
+            args = complete_teacher(args, stored_args(teacher_file))
         models.check_name(args.teacher_model)
     run_status.begin(folder and folder.folder)
     amp_dtype = getattr(torch, args.amp_dtype or ("float16" if device.type == "cuda" else "float32"))
@@ -99,7 +101,8 @@ def main(args: Flags) -> dict | None:
     ema = ModelEmaV3(model, args.model_ema_decay, **ema_options(args, model)) if args.model_ema else None
 
     # Teacher and loss
-    teacher = build_teacher(args, classes, device, model)
+    teacher = build_teacher(args, teacher_file, classes, device, model)
+    del teacher_file
     with as_user_error("--s-id: ", ValueError):
         hooks = spectral.FeatureHooks(model, feature_ids(args, model, teacher and teacher.model)[0])
     criterion = build_criterion(args, model, teacher).to(device)

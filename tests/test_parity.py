@@ -102,7 +102,7 @@ def replay(golden, tmp_path_factory):
     model = builders.build_student(args, golden["num_classes"])
     models.load_weights(model, golden["student_init_weights"])
     ema = ModelEmaV3(model, args.model_ema_decay)
-    teacher = builders.build_teacher(args, list("abcdefghij"), CPU, model)
+    teacher = builders.build_teacher(args, golden["teacher_weights"], list("abcdefghij"), CPU, model)
     hooks = spectral.FeatureHooks(model, builders.feature_ids(args, model, teacher.model)[0])
     criterion = Recorder(builders.build_criterion(args, model, teacher))
     optimizer, scheduler, num_epochs = builders.build_optimizer(args, model, nn.Module())

@@ -15,6 +15,7 @@ from export import export_model
 from flags import complete_teacher, key_values, parse_args
 from model_names import CONFIG_READERS
 from utils import UserError
+from weights import load_checkpoint
 
 CLASSES = ["n02979186", "n01440764", "n03000684"]  # of Imagenette, not in the order of ImageNet
 LOGITS = ["soft", "--w-fft", 0]
@@ -26,7 +27,8 @@ def teacher_for(classes, name, kwargs, *flags):
     student, teacher = ([f"{key}={value!r}" for key, value in each.items()] for each in (VIT, kwargs))
     flags = ["--model-kwargs", *student, "--teacher-kwargs", *teacher, "--distillation-type", *map(str, flags)]
     args = parse_args(["--data-set", "GRATINGS", "--input-size", "64", "--teacher-model", name, *flags])
-    return build_teacher(args, classes, torch.device("cpu"), build_student(args, len(classes)))
+    file = load_checkpoint(args.teacher_path) if args.teacher_path else None
+    return build_teacher(args, file, classes, torch.device("cpu"), build_student(args, len(classes)))
 
 
 @pytest.fixture
