@@ -314,7 +314,7 @@ def forward_errors(name: str, size: int):
 
 
 def wrap_model(args: argparse.Namespace, model: nn.Module, criterion, device: torch.device) -> nn.Module:
-    """Return the student compiled and in DDP, where asked; compile the criterion's parts in place.
+    """Return the student compiled and in DDP if requested; compile the criterion's parts in place.
 
     Evaluation, optimizer and checkpoints use the bare student. Hooks are compiled along with their models.
     """

@@ -39,7 +39,7 @@ class TrainState:
     """Everything that a resumed run needs.
 
     Attributes:
-        model: the bare student; `parallel` is what the training step calls, compiled and in DDP where asked.
+        model: the bare student; `parallel` is what the training step calls, compiled and in DDP if requested.
         optimizer, scheduler, scaler, ema: objects of torch and timm; `ema` may be None.
         criterion: the loss, whose parameters are trained without DDP (`engine.optimizer_step`); None if it has none.
         epoch, step: the epoch in progress and the number of its batches that are done.
@@ -201,7 +201,7 @@ def resumed_step(checkpoint: dict, args: argparse.Namespace) -> int:
 
 
 class FolderLock:
-    """A lock on an output folder that ends with the process; raises a UserError if it is still taken after `wait` s.
+    """A lock on an output folder that ends with the process; raises a UserError if it is still held after `wait` seconds.
 
     It is a POSIX record lock, which works on network file systems and is not inherited by forked loader workers.
     """
@@ -339,7 +339,7 @@ class CheckpointFolder:
     def load_newest(self) -> tuple[Path | None, dict | None]:
         """Return the path and content of the newest valid checkpoint, or (None, None).
 
-        checkpoint.pth comes first: later epochs in other files are of a course that `--resume FILE` left. If it is
+        checkpoint.pth comes first: later epochs in other files belong to a run that `--resume FILE` abandoned. If it is
         damaged, the epoch and step decide. Rank 0 chooses, so that all ranks continue from the same file.
 
         Raises:
