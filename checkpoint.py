@@ -201,7 +201,7 @@ def resumed_step(checkpoint: dict, args: argparse.Namespace) -> int:
 
 
 class FolderLock:
-    """A lock on an output folder that ends with the process; raises a UserError if it is still held after `wait` seconds.
+    """A lock on an output folder until the process ends; a UserError if it is still held after `wait` seconds.
 
     It is a POSIX record lock, which works on network file systems and is not inherited by forked loader workers.
     """
