@@ -21,7 +21,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -384,11 +383,11 @@ def main(args: argparse.Namespace) -> None:
     pairs = suggest(args, student_blocks, subjects[0]) if args.suggest else None
     if not args.output_dir:
         return
-    with as_user_error(f"--output_dir {folder}: ", OSError), matplotlib.rc_context(plots.STYLE):
+    with as_user_error(f"--output_dir {folder}: ", OSError):
         write_numbers(folder, subjects, {**data, "seed": args.seed, "suggestion": pairs})
-        figures = plots.draw_milestones(subjects) if args.milestones else plots.draw(subjects, pairs)
+        figures = plots.draw_milestones(subjects) if args.milestones else plots.draw(subjects)
         for name, kind in itertools.product(figures, ("png", "pdf")[: 1 + args.pdf]):
-            figures[name].savefig(folder / f"{name}.{kind}", dpi=200)
+            figures[name].savefig(folder / f"{name}.{kind}")
         write_tensorboard(folder / "tensorboard", subjects, figures)
     utils.log(f"wrote the numbers and figures to {folder}")
 

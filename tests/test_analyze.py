@@ -142,8 +142,8 @@ def test_tensorboard_receives_the_curves_over_blocks(analyzed):
 
 @pytest.mark.slow
 def test_figures_are_written_as_png_and_for_tensorboard(tmp_path):
-    run(*DEIT, *GRATINGS, *SUGGEST, "--entropy", "--output_dir", tmp_path)
-    names = {"intensity", "spectrum", "heatmap", "radial", "entropy", "suggestion"}
+    run(*DEIT, *GRATINGS, "--entropy", "--output_dir", tmp_path)
+    names = {"intensity", "spectrum", "heatmap", "radial", "entropy"}
     for name in names:
         image = np.asarray(Image.open(tmp_path / f"{name}.png").convert("L"))
         assert min(image.shape) > 400  # printable
@@ -289,7 +289,7 @@ def test_milestones_of_a_run_are_drawn_by_epoch(tmp_path):
     tokens = tokens_by_hand(networks[10], images_in(tmp_path), 48)
     assert_intensity(numbers(tmp_path)["epoch 10/intensity"], tokens)
     axes = draw(subjects)["milestones"].axes
-    scale = analyze.matplotlib.colormaps[plots.DEPTH_COLORS]
+    scale = plots.matplotlib.colormaps[plots.DEPTH_COLORS]
     assert len(axes) == 5  # intensity, RMS, two entropies and the color bar
     for axis in axes[:4]:
         assert [line.get_color() for line in axis.lines] == [scale(x) for x in (0.0, 1 / 3, 1.0)]
