@@ -143,7 +143,7 @@ def test_tensorboard_receives_the_curves_over_blocks(analyzed):
 @pytest.mark.slow
 def test_figures_are_written_as_png_and_for_tensorboard(tmp_path):
     run(*DEIT, *GRATINGS, "--entropy", "--output_dir", tmp_path)
-    names = {"intensity", "spectrum", "heatmap", "radial", "entropy"}
+    names = {"intensity", "spectrum", "radial", "entropy"}
     for name in names:
         image = np.asarray(Image.open(tmp_path / f"{name}.png").convert("L"))
         assert min(image.shape) > 400  # printable
