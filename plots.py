@@ -13,9 +13,10 @@ from matplotlib import cm, colors
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-matplotlib.rcParams |= {"font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False}
-matplotlib.rcParams |= {"axes.linewidth": 0.6, "lines.linewidth": 1.2, "lines.markersize": 3.5, "grid.color": "0.9"}
-matplotlib.rcParams |= {"legend.frameon": False, "savefig.dpi": 200, "pdf.fonttype": 42}  # keeps text as text
+STYLE: Any = {"font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False}
+STYLE |= {"axes.linewidth": 0.6, "lines.linewidth": 1.2, "lines.markersize": 3.5, "grid.color": "0.9"}
+STYLE |= {"legend.frameon": False, "savefig.dpi": 200, "pdf.fonttype": 42}  # 42 keeps text as text
+matplotlib.rcParams.update(STYLE)
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
 MARKERS = "osD^vP"
 STYLES = ("-", "--", ":", "-.")

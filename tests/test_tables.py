@@ -271,10 +271,6 @@ def test_all_published_rows_are_shown_without_runs(show):
     assert [[cell.strip() for cell in row] for row in rows] == wanted
 
 
-def test_a_table_does_not_wait_for_matplotlib():
-    assert not hasattr(tables, "plots")  # torch is ruled out in test_house.py
-
-
 # The measured table
 
 STUDENTS = {"DeiT": "deit_tiny_patch16_224", "Lift": "deit_tiny_lift_patch16_224"}
