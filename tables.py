@@ -12,7 +12,6 @@ from typing import Any
 
 from runs import DEFAULTS, FEATURE, NEUTRAL, PUBLISHED, TEACHER, Run, fingerprint, read_runs, warn
 
-KINDS = ("none", "soft", "fft", "hard")  # in the order of the table
 NAMES = {"none": "no teacher", "soft": "soft KD", "soft KD + spectral": "SpectralKD", "soft KD + mse": "MSE baseline"}
 
 
@@ -116,12 +115,12 @@ def tabulate(runs: list[Run], vary: list[str]) -> list[dict]:
 
     def order(row):
         run = row["runs"][0]
-        kind = KINDS.index(run.settings.get("distillation_type", "none")), "s_id" in run.settings, row["method"]
+        kind = run.settings.get("distillation_type", "none") != "none", "s_id" in run.settings, row["method"]
         model = row["student"], row["epochs"] or 0, row["global_batch"] or 0
         return row["data_set"], run.folder not in teaching, model, kind, row["done"] is False, run.name
 
-    def by_varied(row):  # None first, then numbers, then text
-        return [(value is not None, isinstance(value, str), value or 0) for value in row["varied"].values()]
+    def by_varied(row):  # numbers, then text; None counts as zero
+        return [(isinstance(value, str), value or 0) for value in row["varied"].values()]
 
     rows = sorted([make_row(group) for group in groups.values()], key=order)
     add_gains(rows)

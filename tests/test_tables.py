@@ -127,14 +127,15 @@ def test_the_method_has_its_name(method, write):
 
 
 def test_teachers_come_first_and_methods_in_order(write, show):
-    teacher = write("z_teacher", [1, 70, 65], "--model", "cait_s24_224", "--model-kwargs", *TEACHER)
+    teacher = write("z_teacher", [1, 70, 65], "--model", "vit_tiny_patch16_224", "--model-kwargs", *TEACHER)
     taught = [*SPECTRAL, "--teacher-kwargs", *TEACHER]
     by = {"args": {"teacher_path": str(teacher / "model_best.pth")}}
     folders = [teacher, write("a", [1, 2, 60], *taught, **by), write("d", [1, 2, 60])]
     folders.append(write("b", [1, 2, 60], *taught, "--feature-loss", "mse", **by))
     folders.append(write("c", [1, 2, 60], *taught, "--w-fft", 0, **by))
+    folders.append(write("e", [1, 2, 60], "--distillation-type", "hard", "--w-fft", 0))
     rows = cells(show(*folders).out)
-    assert list(rows) == ["z_teacher", "d", "c", "b", "a"]  # teacher, none, soft KD, MSE baseline, SpectralKD
+    assert list(rows) == ["z_teacher", "d", "e", "c", "b", "a"]  # teacher, none, hard, soft KD, MSE, SpectralKD
     assert rows["a"]["teacher"] == "cait_s24_224 [1]"
 
 
