@@ -4,14 +4,14 @@ Runs of main.py are forks of this process, two at a time, so that its imports, w
 """
 
 import argparse
+import contextlib
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
-import statistics
 import sys
 import time
-from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -41,101 +41,73 @@ STUDENTS = {  # name in the figure: (folder, flags besides those of the teacher)
 
 @dataclasses.dataclass
 class Run:
-    """A run of main.py; `after` is the one that has to end first."""
+    """A run of main.py."""
 
     folder: Path
     flags: str
     epochs: int
-    after: "Run | None" = None
+    taught: bool  # by the first run
     process: BaseProcess | None = None
-    stats: list[dict] = dataclasses.field(default_factory=list)  # of the epochs that have ended
-
-    @property
-    def left(self) -> int:
-        """The number of epochs to come."""
-        return self.epochs - len(self.stats)
+    done: int = 0  # epochs whose log was read
 
     def start(self) -> None:
-        """Train in a process of its own."""
+        """Train in a fork of this process."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "log.txt").unlink(missing_ok=True)  # of an earlier demo
         words = [*self.flags.split(), "--epochs", str(self.epochs), "--output_dir", str(self.folder)]
-        self.process = fork(lambda: training.main(flags.parse_args(words)), self.folder / "console.txt")
+        self.process = multiprocessing.get_context("fork").Process(target=self.work, args=(words,), daemon=True)
+        self.process.start()
+
+    def work(self, words: list[str]) -> None:
+        """Execute main.py with its output in a file."""
+        with open(self.folder / "console.txt", "wb") as output:
+            for stream in (sys.stdout, sys.stderr):
+                os.dup2(output.fileno(), stream.fileno())
+        with faults.exit_codes():
+            training.main(flags.parse_args(words))
 
     def read_log(self) -> list[dict]:
         """Return the lines of the log that are new since the last call."""
         log = self.folder / "log.txt"
-        lines = log.read_text().splitlines() if self.process and log.exists() else []
-        new = [json.loads(line) for line in lines[len(self.stats) :]]
-        self.stats += new
-        return new
+        lines = log.read_text().splitlines()[self.done :] if self.process and log.exists() else []
+        self.done += len(lines)
+        return [json.loads(line) for line in lines]
 
     def ended(self) -> bool:
-        """Return whether the run has ended; end the demo if it failed."""
-        return self.process is not None and succeeded(self.process, self.folder / "console.txt") and self.left == 0
-
-
-def fork(work: Callable, console: Path) -> BaseProcess:
-    """Start a function in a fork of this process, with its output in a file."""
-
-    def redirected():
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(output.fileno(), stream.fileno())
-        with faults.exit_codes():
-            work()
-
-    with open(console, "wb") as output:
-        process = multiprocessing.get_context("fork").Process(target=redirected, daemon=True)
-        process.start()
-    return process
-
-
-def succeeded(process: BaseProcess, console: Path) -> bool:
-    """Return whether a process has ended; end the demo with the last line of its output if it failed."""
-    if process.exitcode:
-        last = console.read_text(errors="replace").strip().rpartition("\n")[2]
-        raise SystemExit(f"{console}, exit code {process.exitcode}: {last}")
-    return process.exitcode == 0
+        """Return whether the run has ended; end the demo with the last line of its output if it failed."""
+        if self.process and self.process.exitcode:
+            console = self.folder / "console.txt"
+            last = console.read_text(errors="replace").strip().rpartition("\n")[2]
+            raise SystemExit(f"{console}, exit code {self.process.exitcode}: {last}")
+        return self.process is not None and self.process.exitcode == 0 and self.done == self.epochs
 
 
 def plan(folder: Path, common: str, epochs: list[int], seeds: range) -> list[Run]:
-    """Return the runs in the order of their start; `epochs` are those of the teacher and of a student."""
-    teacher = Run(folder / "teacher", f"{common} --model cait_s24_224 --model-kwargs {TEACHER}", epochs[0])
-    soft = f"--teacher-model cait_s24_224 --teacher-kwargs {TEACHER} --teacher-path {teacher.folder}/model_best.pth "
+    """Return the teacher and its students; `epochs` are those of the teacher and of a student."""
+    runs = [Run(folder / "teacher", f"{common} --model cait_s24_224 --model-kwargs {TEACHER}", epochs[0], False)]
+    soft = f"--teacher-model cait_s24_224 --teacher-kwargs {TEACHER} --teacher-path {folder}/teacher/model_best.pth "
     soft += "--distillation-type soft --distillation-alpha 0.9"
-    runs = [teacher]
-    for name, distillation in STUDENTS.values():
-        for seed in seeds:
-            words = f"{common} --model deit_tiny_patch16_224 --model-kwargs {STUDENT} --seed {seed} "
-            words += "" if distillation is None else f"{soft} {distillation}"
-            runs.append(Run(folder / f"{name}-{seed}", words, epochs[1], None if distillation is None else teacher))
+    for (name, distillation), seed in itertools.product(STUDENTS.values(), seeds):
+        words = f"{common} --model deit_tiny_patch16_224 --model-kwargs {STUDENT} --seed {seed} "
+        words += f"{soft} {distillation}" if distillation else ""
+        runs.append(Run(folder / f"{name}-{seed}", words, epochs[1], distillation is not None))
     return runs
 
 
 def train(runs: list[Run]) -> None:
     """Train all runs, LANES at a time, and print a line for each epoch."""
+    began, total = time.monotonic(), sum(run.epochs for run in runs)
     while not all(run.ended() for run in runs):
-        for run in runs:
-            busy = sum(other.process is not None and not other.ended() for other in runs)
-            if run.process is None and busy < LANES and (run.after is None or run.after.ended()):
-                run.start()
+        busy = sum(run.process is not None and not run.ended() for run in runs)
+        ready = [run for run in runs if run.process is None and (runs[0].ended() or not run.taught)]
+        for run in ready[: LANES - busy]:
+            run.start()
         for number, run in enumerate(runs, 1):
             for stats in run.read_log():
                 epoch = f"epoch {stats['epoch'] + 1} of {run.epochs}, accuracy {stats['test_acc1']:.1f} %"
-                left = "{}:{:02}".format(*divmod(round(seconds_left(runs)), 60))
-                print(f"run {number} of {len(runs)}, {run.folder.name}: {epoch}, {left} left", flush=True)
+                left = (time.monotonic() - began) * (total / sum(run.done for run in runs) - 1)  # roughly
+                print(f"run {number} of {len(runs)}, {run.folder.name}: {epoch}, {left:.0f} s left", flush=True)
         time.sleep(0.1)
-
-
-def seconds_left(runs: list[Run]) -> float:
-    """Estimate the time that the runs will still take, from their epochs so far."""
-    known = [stats["seconds"] for run in runs for stats in run.stats]
-    lanes, ends = [0.0] * LANES, {}
-    for run in runs:
-        pace = statistics.fmean([stats["seconds"] for stats in run.stats] or known)
-        lanes.sort()
-        lanes[0] = ends[run.folder] = max(lanes[0], ends[run.after.folder] if run.after else 0) + run.left * pace
-    return max(lanes)
 
 
 def main() -> None:
@@ -155,10 +127,8 @@ def main() -> None:
     subjects = {"teacher": "teacher"} | {label: f"{name}-0" for label, (name, _) in STUDENTS.items()}
     words = ["--compare", *(f"{label}={args.folder / name}" for label, name in subjects.items())]
     words += ["--num-images", "256", "--device", "cpu", "--num_workers", "0", "--output_dir", f"{args.folder}/analysis"]
-    console = args.folder / "analysis.txt"
-    process = fork(lambda: analyze.main(analyze.get_args_parser().parse_args(words)), console)
-    process.join()
-    succeeded(process, console)
+    with open(args.folder / "analysis.txt", "w") as console, contextlib.redirect_stdout(console):
+        analyze.main(analyze.parse_args(words))
     print(f"\nSpectra: {args.folder}/analysis/intensity.png. Curves over epochs: tensorboard --logdir {args.folder}")
     print(f"Done in {time.monotonic() - began:.0f} s.")
 

@@ -1,6 +1,7 @@
 """Read the logs of runs: their accuracy, the settings that it depends on, and the published result they repeat."""
 
 import functools
+import glob
 import json
 import math
 import shlex
@@ -44,11 +45,13 @@ class Run:
     log: Path
     epochs: dict[int, dict]  # the numbers of each epoch's line
     args: dict
-    settings: dict
 
     def __post_init__(self):
+        self.settings = settings(self.args) if self.args else {}
         self.folder = self.log.resolve().parent
         self.name = self.folder.name if self.log.name == "log.txt" else self.log.stem
+        if "=" in self.name:  # by recipes/sweep.py, whose folders are named after their values
+            self.name = f"{self.folder.parent.name}/{self.name}"
         self.epochs_seen = max(self.epochs) + 1
         self.parameters = self.epochs[max(self.epochs)].get("n_parameters")
         self.entry = published(self.settings, self.parameters) if self.args else RELEASED.get(self.log.stem)
@@ -60,12 +63,16 @@ class Run:
         last10 = statistics.fmean(top1[-10:]) if len(top1) >= 10 else None
         self.top1 = {"best": max(top1), "last": top1[-1], "last10": last10, "ema_best": max(ema, default=None)}
 
+    def __str__(self):
+        return str(self.log)
+
 
 def find_logs(path: Path) -> list[Path]:
-    """Return the log of a run folder, the logs in a folder of runs or logs, or the file itself."""
-    if not path.is_dir() or (path / "log.txt").exists():
-        return [path / "log.txt" if path.is_dir() else path]
-    return sorted([*path.glob("*/log.txt"), *path.glob("*.txt")]) or [path / "log.txt"]
+    """Return the logs of all runs in a folder, at any depth, or else its .txt files; or the file itself."""
+    if not path.is_dir():
+        return [path]
+    names = glob.glob("**/log.txt", root_dir=path, recursive=True) or glob.glob("*.txt", root_dir=path) or ["log.txt"]
+    return [path / name for name in sorted(names)]
 
 
 def read_run(log: Path) -> Run:
@@ -74,30 +81,26 @@ def read_run(log: Path) -> Run:
     stored = log.with_name("args.json")
     if log.name == "log.txt" and stored.exists():
         try:
-            args = DEFAULTS | json.loads(stored.read_text(encoding="utf-8"))
-            return Run(log, epochs, args, settings(args))
+            return Run(log, epochs, DEFAULTS | json.loads(stored.read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, flags.UserError):
             warn(f"{stored}: not the arguments of a run; its log is shown without them")
-    return Run(log, epochs, {}, {})
+    return Run(log, epochs, {})
 
 
 def read_epochs(log: Path) -> dict[int, dict]:
     """Return the numbers of each epoch. If lines repeat an epoch, as after resuming DeiT, the last one counts."""
-    lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = log.read_text(encoding="utf-8").strip().splitlines()
     epochs: dict[int, dict] = {}
     for number, line in enumerate(lines, 1):
         try:
             stats = json.loads(line)
-            if not isinstance(stats["epoch"], int) or not math.isfinite(stats["test_acc1"]):
+            if not math.isfinite(stats["test_acc1"]):
                 raise ValueError(line)
+            epochs[stats["epoch"]] = stats
         except (ValueError, KeyError, TypeError):
             if not epochs or number < len(lines):
                 raise ValueError(f"line {number} is not an epoch of a run") from None
             warn(f"{log}: the last line is incomplete and was skipped")
-        else:
-            if stats["epoch"] in epochs:
-                warn(f"{log}: line {number} repeats epoch {stats['epoch']}; the later line counts")
-            epochs[stats["epoch"]] = stats
     if not epochs:
         raise ValueError("it has no epochs yet")
     return epochs
@@ -116,7 +119,6 @@ def settings(args: dict) -> dict:
         KeyError, TypeError, AttributeError, flags.UserError: they are not the arguments of a run.
     """
     known = {name: value for name, value in args.items() if name not in NEUTRAL}
-    num_epochs(args)  # raises if its arguments are missing
     for name in ("model_kwargs", "teacher_kwargs"):  # version 0.1 stored lists of KEY=VALUE
         known[name] = [f"{key}={value}" for key, value in parsing.stored_kwargs(args[name]).items()]
     known["s_id"], known["t_id"] = list(args["s_id"]), list(args["t_id"])
@@ -156,8 +158,7 @@ def published(known: dict, parameters: int | None) -> dict | None:
     for entry in PUBLISHED["results"]:
         if entry["recipe"]:
             needs = recipe_settings(entry["recipe"]) | {"global_batch": entry["global_batch"]}
-            names = needs.keys() - NOT_PUBLISHED
-            if all(name in known and known[name] == needs[name] for name in names):
+            if all(known.get(name, ...) == needs[name] for name in needs.keys() - NOT_PUBLISHED):
                 return entry
     return None
 
@@ -165,12 +166,9 @@ def published(known: dict, parameters: int | None) -> dict | None:
 def read_runs(paths: list[str]) -> list[Run]:
     """Read all runs; warn about everything else and skip it."""
     runs = {}
-    for path in paths:
-        logs = find_logs(Path(path))
-        for log in logs:
-            try:
-                runs[log.resolve()] = read_run(log)
-            except (OSError, ValueError) as error:
-                name = path if len(logs) == 1 else log
-                warn(f"{name}: skipped, {getattr(error, 'strerror', None) or error}")
+    for log in [log for path in paths for log in find_logs(Path(path))]:
+        try:
+            runs[log.resolve()] = read_run(log)
+        except (OSError, ValueError) as error:
+            warn(f"{log}: skipped, {getattr(error, 'strerror', None) or error}")
     return list(runs.values())

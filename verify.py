@@ -53,32 +53,21 @@ def get_args_parser() -> parsing.Parser:
     parser.add_argument("--data-path", required=True, help="folder of ImageNet; only val/<class>/ is needed")
     parser.add_argument("--weights", default=".", help="folder of weights, each file named after its model")
     parser.add_argument("--logs", default=".", help="folder of the released logs, NAME.txt")
-    parser.add_argument("--published", default=str(PUBLISHED), help="the numbers to compare with")
     parser.add_argument("--batch-size", type=parsing.number(int, 1), default=64, help="images per batch")
     parser.add_argument("--num_workers", type=parsing.number(int, 0), default=10, help="data loading workers")
     parser.add_argument("--device", default="auto", help="cuda, cuda:N or cpu; auto: cuda if there is a GPU")
     return parser
 
 
-class Images:
-    """The validation images, with each model's own transform."""
-
-    def __init__(self, args: argparse.Namespace, num_classes: int):
-        self.args, self.device = args, init_distributed(args.device)
-        with as_user_error("", ValueError, OSError, RuntimeError):
-            found = len(set(datasets.labels(datasets.build_dataset("IMNET", "val", args.data_path))))
-        if found != num_classes:
-            raise UserError(f"{args.data_path}/val has {found} classes, not {num_classes}: give ImageNet-1K")
-
-    def of(self, model: nn.Module, first_only: bool = False) -> tuple[DataLoader, nn.Module]:
-        """Return a loader of all images or of the first of each class, and the module that normalizes its batches."""
-        dataset = datasets.build_dataset("IMNET", "val", self.args.data_path, datasets.own_eval_transform(model))
-        images = one_of_each_class(datasets.labels(dataset)) if first_only else None
-        loader = datasets.build_loader(dataset, images, self.args.batch_size, self.args.num_workers, drop_last=False)
-        return loader, datasets.Prepare(*models.normalization(model), device=self.device).eval()
+def load(model: nn.Module, args: argparse.Namespace, first_only: bool = False) -> tuple[DataLoader, nn.Module]:
+    """Return a loader of all images or of the first of each class, and the module that normalizes its batches."""
+    dataset = datasets.build_dataset("IMNET", "val", args.data_path, datasets.own_eval_transform(model))
+    images = one_of_each_class(datasets.labels(dataset)) if first_only else None
+    loader = datasets.build_loader(dataset, images, args.batch_size, args.num_workers, drop_last=False)
+    return loader, datasets.Prepare(*models.normalization(model), device=args.device).eval()
 
 
-def build(name: str, folder: str, num_classes: int, kwargs: dict, device: torch.device) -> nn.Module:
+def build(name: str, folder: str, num_classes: int, kwargs: dict) -> nn.Module:
     """Build a model with the weights in `folder`, or with timm's own.
 
     Raises:
@@ -96,26 +85,26 @@ def build(name: str, folder: str, num_classes: int, kwargs: dict, device: torch.
         model = models.build_model(name, num_classes, kwargs=kwargs, pretrained=not found)
         if found:
             models.load_weights(model, extract_weights(load_checkpoint(found)))
-    return model.to(device).eval()
+    return model.eval()
 
 
-def check_accuracy(model: nn.Module, images: Images, name: str, published: float) -> Row:
-    loader, prepare = images.of(model)
-    found = evaluate(model, tqdm(loader, name, leave=False), device=images.device, prepare=prepare, sharded=False)
+def check_accuracy(model: nn.Module, args: argparse.Namespace, name: str, published: float) -> Row:
+    loader, prepare = load(model, args)
+    found = evaluate(model, tqdm(loader, name, leave=False), device=args.device, prepare=prepare, sharded=False)
     difference = found["acc1"] - published
     verdict = "PASS" if abs(difference) <= TOLERANCE else f"differs by {difference:+.2f}"
     return Row(f"top-1 of {name}", f"{published:g}", f"{found['acc1']:.3f}", verdict)
 
 
-def check_ranks(model: nn.Module, images: Images, name: str, published: dict[str, list[int]]) -> list[Row]:
+def check_ranks(model: nn.Module, args: argparse.Namespace, name: str, published: dict[str, list[int]]) -> list[Row]:
     """Compare the dimensions of the last block's patch tokens on the first image of each class."""
-    loader, prepare = images.of(model, first_only=True)
+    loader, prepare = load(model, args, first_only=True)
     hooks = FeatureHooks(model, [len(describe_blocks(model)) - 1])
 
     @torch.no_grad()
     def maps() -> Iterator[torch.Tensor]:
         for batch, _ in tqdm(loader, f"ranks of {name}", leave=False):
-            model(prepare(batch.to(images.device)))
+            model(prepare(batch.to(args.device)))
             yield hooks.pop()[0]
 
     found, rows = rank_analysis(maps), []
@@ -145,27 +134,29 @@ def check_schedule(log: Path, batch: int) -> Row:
     return Row(check, f"{max(logged):.6e} at most", f"{max(ours):.6e} at most", verdict)
 
 
-def check_model(name: str, args: argparse.Namespace, images: Images, published: dict) -> list[Row]:
+def check_model(name: str, args: argparse.Namespace, published: dict) -> list[Row]:
     """Run the checks of a model, or report that its weights are missing."""
     top1 = {**published["teachers"], **published["checkpoints"]}.get(name)
-    ranks = published["ranks"].get(name, {})
     try:
         kwargs = published.get("model_kwargs", {}).get(name, {})
-        model = build(name, args.weights, published.get("num_classes", 1000), kwargs, images.device)
+        model = build(name, args.weights, published.get("num_classes", 1000), kwargs).to(args.device)
     except UserError as error:
         return [Row(name, "" if top1 is None else f"{top1:g}", "", f"not checked: {error}")]
-    rows = [] if top1 is None else [check_accuracy(model, images, name, top1)]
-    return rows + (check_ranks(model, images, name, ranks) if ranks else [])
+    rows = [] if top1 is None else [check_accuracy(model, args, name, top1)]
+    return rows + check_ranks(model, args, name, published["ranks"][name]) if name in published["ranks"] else rows
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run all checks, print the report, and return the exit code."""
+def main(argv: Sequence[str] | None = None, published: dict | None = None) -> int:
+    """Run all checks, print the report, and return the exit code; `published` stands for recipes/published.json."""
     args = get_args_parser().parse_args(argv)
-    with as_user_error(f"--published {args.published}: ", OSError, ValueError):
-        published = json.loads(Path(args.published).read_text(encoding="utf-8"))
-    images = Images(args, published.get("num_classes", 1000))
+    args.device = init_distributed(args.device)
+    published = published or json.loads(PUBLISHED.read_text(encoding="utf-8"))
+    with as_user_error("", ValueError, OSError, RuntimeError):
+        found = len(set(datasets.labels(datasets.build_dataset("IMNET", "val", args.data_path))))
+    if found != published.get("num_classes", 1000):
+        raise UserError(f"{args.data_path}/val has {found} classes, not 1000: give ImageNet-1K")
     names = dict.fromkeys((*published["teachers"], *published["checkpoints"], *published["ranks"]))
-    rows = [row for name in names for row in check_model(name, args, images, published)]
+    rows = [row for name in names for row in check_model(name, args, published)]
     logs = [row for row in published["results"] if row["log"] and row["global_batch"]]
     rows += [check_schedule(Path(args.logs, f"{row['log']}.txt"), row["global_batch"]) for row in logs]
     print("\n".join(align([row._asdict() for row in rows])))

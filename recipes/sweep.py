@@ -30,8 +30,7 @@ def variations(text: str) -> list[Variation]:
     flags = [name.strip().lstrip("-") for name in names.split(",")]
     choices = [value.split(":") for value in values.split(",")]
     if not all(flags) or any(len(choice) != len(flags) or not all(choice) for choice in choices):
-        form = "=A,B,..." if len(flags) == 1 else f"={':'.join('A' * len(flags))},{':'.join('B' * len(flags))},..."
-        raise argparse.ArgumentTypeError(f"expected {','.join(flags) or 'FLAG'}{form}, found {text!r}")
+        raise argparse.ArgumentTypeError(f"expected FLAG=A,B,... or FLAG,FLAG=A:A,B:B,..., found {text!r}")
     return [list(zip(flags, choice, strict=True)) for choice in choices]
 
 

@@ -29,7 +29,7 @@ def write_run(folder, top1, *more_flags, base=RUN, args=None, **more):
 
 def rows_of(*paths):
     """Return the rows of the table by the name of the run."""
-    return {row["run"]: row for row, _ in tables.tabulate(runs.read_runs([*map(str, paths)]), [])}
+    return {row["run"]: row for row in tables.tabulate(runs.read_runs([*map(str, paths)]), [])}
 
 
 def cells(markdown):

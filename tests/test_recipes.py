@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shlex
 import subprocess
 
 import pytest
@@ -13,29 +12,16 @@ from conftest import ROOT, jpeg_folder
 from processes import until
 
 import main
+import runs
 from flags import key_values, parse_args
 
 RESULTS = json.loads((ROOT / "recipes" / "published.json").read_text())["results"]
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.args"))
 
-# The published command lines as they stand.
-PUBLISHED = {
-    "deit_tiny": """main.py --output_dir Output/DeiT-Tiny --data-path ILSVRC2012 --model deit_tiny_patch16_224
-        --teacher-model cait_s24_224 --distillation-type soft --distillation-alpha 0.9 --w-fft 0.2
-        --s-id 0 1 6 7 8 9 10 11 --t-id 0 1 18 19 20 21 22 23 --drop-path 0 --batch-size 256 --num_workers 16
-        --epochs 400""",
-    "deit_small": """main.py --output_dir Output/DeiT-Small --data-path ILSVRC2012 --model deit_small_patch16_224
-        --teacher-model cait_s24_224 --distillation-type soft --distillation-alpha 0.9 --w-fft 0.2
-        --s-id 0 1 6 7 8 9 10 11 --t-id 0 1 18 19 20 21 22 23 --drop-path 0 --batch-size 256 --num_workers 16
-        --epochs 500""",
-    "swin_tiny": """main.py --output_dir Output/Swin-Tiny --data-path ILSVRC2012 --model swin_tiny_patch4_window7_224
-        --teacher-model swin_small_patch4_window7_224.ms_in1k --distillation-type soft --distillation-alpha 0.9
-        --w-fft 0.05 --s-id 0 1 2 3 --t-id 0 1 2 3 --drop-path 0 --batch-size 256 --num_workers 16 --epochs 500
-        --warmup-epochs 20""",
-}
-TEACHERS = {"deit": "cait_s24_224", "swin": "swin_small_patch4_window7_224.ms_in1k"}
-FIRST = {"deit": ([0, 1], [0, 1]), "swin": ([0, 1], [0, 1])}
-LAST = {"deit": ([6, 7, 8, 9, 10, 11], [18, 19, 20, 21, 22, 23]), "swin": ([2, 3], [2, 3])}
+# The published command lines, as the README quotes them.
+COMMANDS = re.findall(r"main\.py (--output_dir .* --epochs .*)", (ROOT / "README.md").read_text())
+PUBLISHED = dict(zip(("deit_tiny", "deit_small", "swin_tiny"), COMMANDS, strict=True))
+TEACHERS = ("cait_s24_224", "swin_small_patch4_window7_224.ms_in1k", "regnety_160.deit_in1k")
 
 # The same families and numbers of blocks, but narrow.
 NARROW = {
@@ -69,79 +55,57 @@ def read(images):
     )
 
 
-def differences(a, b):
-    """Return {flag: (value in a, value in b)} of the flags in which two runs differ."""
-    a, b = vars(a), vars(b)
-    assert a.keys() == b.keys()
-    return {name: (a[name], b[name]) for name in a if a[name] != b[name]}
-
-
 @pytest.mark.parametrize("recipe", PUBLISHED)
 def test_a_recipe_equals_its_published_command(recipe, read, images):
-    flags = shlex.split(PUBLISHED[recipe].replace("ILSVRC2012", str(images)))[1:]
-    published = parse_args([*flags, "--device", "cpu"])
-    assert differences(published, read(recipe, "--num_workers", "16", "--output_dir", published.output_dir)) == {}
-    assert published.s_id  # the flags were understood
+    words = PUBLISHED[recipe].replace("ILSVRC2012", str(images)).split()
+    published = parse_args([*words, "--device", "cpu"])
+    assert published == read(recipe, "--num_workers", "16", "--output_dir", published.output_dir)
 
 
-@pytest.mark.parametrize("recipe", PUBLISHED)
-def test_a_control_changes_one_thing(recipe, read):
-    kind, method, soft = recipe.partition("_")[0], read(recipe), read(f"{recipe}_soft_kd")
-    assert differences(read(f"{recipe}_mse"), method) == {"feature_loss": ("mse", "spectral")}
-    for name, (s_id, t_id) in {"first": FIRST[kind], "last": LAST[kind]}.items():
-        expected = {"s_id": (s_id, method.s_id), "t_id": (t_id, method.t_id)}
-        assert differences(read(f"{recipe}_{name}_blocks"), method) == expected
-    unused = {"s_id": ([], method.s_id), "t_id": ([], method.t_id)}
-    assert differences(soft, method) == {"w_fft": (0, method.w_fft), **unused}
-    plain = differences(read(f"{recipe}_no_teacher"), soft)
-    del plain["w_fft"]  # not read without a teacher, like the teacher's name
-    plain.pop("teacher_model", None)
-    assert plain == {"distillation_type": ("none", "soft"), "distillation_alpha": (0.5, 0.9)}
-    assert soft.teacher_model == TEACHERS[kind]
+def ids(student, teacher):
+    return {"s_id": [*student], "t_id": [*teacher]}
 
 
-DEITS = {"batch_size": 512, "drop_path": 0.1, "mixup": 0.8, "cutmix": 1.0}
+DEITS = {"global_batch": 1024, "drop_path": 0.1, "mixup": 0.8, "cutmix": 1.0}
 SWINS = DEITS | {"drop_path": 0.2, "warmup_epochs": 20, "clip_grad": 5, "repeated_aug": False}
+HARD = {"distillation_type": "hard", "distillation_alpha": 0.5, "w_fft": 0}
+HARD |= {"teacher_model": "regnety_160.deit_in1k", "teacher_path": "", "teacher_kwargs": []}
+STUDENTS = {name: {"model": f"deit_tiny_{name}_patch16_224"} for name in ("lift", "widelast")}
+CHANGES = [  # a recipe, the one it is based on (None: the flags' defaults), and all that differs
+    *((f"{name}_mse", name, {"feature_loss": "mse"}) for name in PUBLISHED),
+    *((f"{name}_soft_kd", name, {"w_fft": 0}) for name in PUBLISHED),
+    *((f"{name}_no_teacher", f"{name}_soft_kd", {"distillation_type": "none"}) for name in PUBLISHED),
+    *((f"{name}_first_blocks", name, ids([0, 1], [0, 1])) for name in PUBLISHED),
+    *((f"deit_{size}_last_blocks", f"deit_{size}", ids(range(6, 12), range(18, 24))) for size in ("tiny", "small")),
+    ("swin_tiny_last_blocks", "swin_tiny", ids([2, 3], [2, 3])),
+    ("deit_tiny_baseline", None, DEITS),
+    ("deit_small_baseline", None, DEITS | {"model": "deit_small_patch16_224"}),
+    ("swin_tiny_baseline", None, SWINS | {"model": "swin_tiny_patch4_window7_224"}),
+    *(
+        (f"deit_{size}_hard_distilled", f"deit_{size}_baseline", HARD | {"model": f"deit_{size}_distilled_patch16_224"})
+        for size in ("tiny", "small")
+    ),
+    ("later_spectral_last", "later_soft_kd", {"feature_loss": "spectral", "w_fft": 0.2, **ids([11], [23])}),
+    ("later_spectral_first", "later_spectral_last", ids([0], [0])),
+    ("later_spectral_first_last", "later_spectral_last", ids([0, 11], [0, 23])),
+    ("later_spectral_last_8", "later_spectral_last", ids(range(4, 12), range(16, 24))),
+    *(
+        (f"later_projector_{where}", f"later_spectral_{where}", {"feature_loss": "projector", "batch_per_process": 512})
+        for where in ("first", "first_last", "last")
+    ),
+    *((f"{name}_no_teacher", "later_no_teacher", model) for name, model in STUDENTS.items()),
+    *((f"{name}_soft_kd", "later_soft_kd", model) for name, model in STUDENTS.items()),
+    *((f"{name}_spectral", "later_spectral_last", model) for name, model in STUDENTS.items()),
+    *((f"{name}_mse", f"{name}_spectral", {"feature_loss": "mse_plain"}) for name in STUDENTS),
+    *((f"{name}_mse_only", f"{name}_mse", {"distillation_alpha": 0}) for name in STUDENTS),
+]
 
 
-@pytest.mark.parametrize("student", ["deit_tiny", "deit_small", "swin_tiny"])
-def test_a_baseline_is_its_students_own_recipe(student, read):
-    scratch = read(f"{student}_baseline")
-    defaults = parse_args(["--data-path", scratch.data_path, "--device", "cpu", "--model", scratch.model])
-    found = {name: value for name, (value, _) in differences(scratch, defaults).items()}
-    assert found == (SWINS if student == "swin_tiny" else DEITS)
-
-
-@pytest.mark.parametrize("student", ["deit_tiny", "deit_small"])
-def test_hard_distillation_is_deits(student, read):
-    hard, scratch = read(f"{student}_hard_distilled"), read(f"{student}_baseline")
-    assert differences(hard, scratch) == {
-        "model": (f"{student}_distilled_patch16_224", f"{student}_patch16_224"),
-        "teacher_model": ("regnety_160.deit_in1k", "cait_s24_224"),
-        "distillation_type": ("hard", "none"),
-        "w_fft": (0, 0.2),
-    }
-    assert hard.distillation_alpha == 0.5
-
-
-@pytest.mark.parametrize("student", ["lift", "widelast"])
-def test_later_recipes_change_the_student_alone(student, read):
-    model = {"model": (f"deit_tiny_{student}_patch16_224", "deit_tiny_patch16_224")}
-    for own, later in (("no_teacher", "no_teacher"), ("soft_kd", "soft_kd"), ("spectral", "spectral_last")):
-        assert differences(read(f"{student}_{own}"), read(f"later_{later}")) == model
-    mse, only = read(f"{student}_mse"), read(f"{student}_mse_only")
-    assert differences(mse, read(f"{student}_spectral")) == {"feature_loss": ("mse_plain", "spectral")}
-    assert differences(only, mse) == {"distillation_alpha": (0, 0.9)}
-
-
-def test_later_recipes_pair_the_published_blocks(read):
-    pairs = {"first": ([0], [0]), "first_last": ([0, 11], [0, 23]), "last": ([11], [23])}
-    for where, (s_id, t_id) in pairs.items():
-        spectral, projector = read(f"later_spectral_{where}"), read(f"later_projector_{where}")
-        assert (spectral.s_id, spectral.t_id, spectral.w_fft) == (s_id, t_id, 0.2)
-        assert differences(projector, spectral) == {"feature_loss": ("projector", "spectral")}
-    last_8 = read("later_spectral_last_8")
-    assert (last_8.s_id, last_8.t_id) == (list(range(4, 12)), list(range(16, 24)))
+@pytest.mark.parametrize(("recipe", "base", "changes"), CHANGES, ids=lambda value: value if type(value) is str else "")
+def test_a_recipe_changes_nothing_else(recipe, base, changes):
+    defaults = runs.settings(runs.DEFAULTS | {"world_size": 2})
+    own, other = runs.recipe_settings(recipe), runs.recipe_settings(base) if base else defaults
+    assert {name: own[name] for name in own if own[name] != other.get(name, ...)} == changes
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -184,7 +148,7 @@ def test_the_docs_show_every_published_row():
 def teacher_files(tmp_path_factory):
     """Return the file of random weights of the narrow version of each teacher."""
     root, files = tmp_path_factory.mktemp("teachers"), {}
-    for name in (*TEACHERS.values(), "regnety_160.deit_in1k"):
+    for name in TEACHERS:
         model = timm.create_model(name, num_classes=2, **key_values(narrow(name)))
         files[name] = root / f"{name}.pth"
         torch.save(model.state_dict(), files[name])

@@ -1,5 +1,6 @@
 """verify.py on small stand-ins for ImageNet, the released weights and the released logs."""
 
+import copy
 import json
 import math
 
@@ -61,16 +62,15 @@ def stand_ins(tmp_path_factory):
 
 
 @pytest.fixture
-def check(stand_ins, tmp_path, capsys):
+def check(stand_ins, capsys):
     """Run verify on the stand-ins with numbers changed by `change`; return the exit code and the report's lines."""
     root, published = stand_ins
 
     def run(change=lambda published: None, weights=root, logs=root):
-        numbers = json.loads(json.dumps(published))
+        numbers = copy.deepcopy(published)
         change(numbers)
-        (tmp_path / "published.json").write_text(json.dumps(numbers))
-        flags = ["--data-path", root, "--weights", weights, "--logs", logs, "--published", tmp_path / "published.json"]
-        code = verify.main([*map(str, flags), "--device", "cpu", "--num_workers", "0", "--batch-size", "2"])
+        argv = ["--data-path", root, "--weights", weights, "--logs", logs, "--device", "cpu", "--num_workers", "0"]
+        code = verify.main([*map(str, argv), "--batch-size", "2"], numbers)
         return code, capsys.readouterr().out.splitlines()
 
     return run
