@@ -16,12 +16,14 @@ import functools
 import itertools
 import json
 import math
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import analyses
@@ -337,6 +339,21 @@ def write_numbers(folder: Path, subjects: list[Subject], about: dict) -> None:
         (folder / f"{name}.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
 
 
+def write_tensorboard(folder: Path, subjects: list[Subject], figures: dict[str, Figure]) -> None:
+    """Write the figures, and the curves over blocks as a run per model, so that models share charts."""
+    from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+    shutil.rmtree(folder, ignore_errors=True)  # or charts of an earlier analysis would be mixed in
+    for subject in subjects:
+        with SummaryWriter(str(folder / subject.name)) as writer:
+            for key, curve in subject.curves.items():
+                for i, value in enumerate(curve):
+                    writer.add_scalar(f"block/{key}", value, i)
+    with SummaryWriter(str(folder)) as writer:
+        for name, figure in figures.items():
+            writer.add_figure(name, figure)
+
+
 def main(args: argparse.Namespace) -> None:
     device = init_distributed(args.device)
     if args.import_module:
@@ -371,6 +388,7 @@ def main(args: argparse.Namespace) -> None:
         figures = plots.draw_milestones(subjects) if args.milestones else plots.draw(subjects)
         for name, kind in itertools.product(figures, ("png", "pdf")[: 1 + args.pdf]):
             figures[name].savefig(folder / f"{name}.{kind}")
+        write_tensorboard(folder / "tensorboard", subjects, figures)
     utils.log(f"wrote the numbers and figures to {folder}")
 
 

@@ -22,6 +22,7 @@ MARKERS = "osD^vP"
 STYLES = ("-", "--", ":", "-.")
 DEPTH_COLORS = "viridis"
 PAGE_WIDTH = 7  # inches
+CHANNEL_FREQUENCY = "frequency along channels (cycles per channel)"
 SHUFFLED: Any = {"label": "channels shuffled", "color": "black", "ls": "", "marker": "x", "ms": 3, "mew": 0.7}
 RMS: Any = {"label": r"$\sqrt{\pi}/2\ \times$ RMS", "color": "black", "ls": ":", "lw": 0.9, "zorder": 3}
 # Of a curve: the control drawn with it, its factor and its style.
@@ -41,8 +42,8 @@ WIDE_SPREAD = 30  # curves with a larger ratio get a logarithmic axis
 def draw(subjects: list) -> dict[str, Figure]:
     """Return {name: figure} for all measurements."""
     figures = {"intensity": draw_over_depth(subjects, {"intensity": "intensity", "intensity_corrected": CORRECTED})}
-    channels = "frequency along channels (cycles per channel)"
-    figures["spectrum"] = draw_lines(subjects, half_spectra, channels, "spectrum $S$")
+    figures["spectrum"] = draw_lines(subjects, half_spectra, CHANNEL_FREQUENCY, "spectrum $S$")
+    figures["heatmap"] = draw_heatmap(subjects)
     figures["radial"] = draw_lines(subjects, radial_powers, "frequency over the grid (cycles per token)", "power")
     if "entropy" in subjects[0].curves:
         figures["entropy"] = draw_over_depth(subjects, ENTROPY)
@@ -118,27 +119,50 @@ def scale_from_zero(axis) -> None:
 
 
 def draw_lines(subjects: list, lines, xlabel: str, ylabel: str) -> Figure:
-    """Draw a panel per model, at most four per row, with a line per block, colored by depth.
+    """Draw one line per block, colored by depth; `lines` returns the x and y of each block of a subject."""
+    place, label = depth_axis(subjects)
+    scale = cm.ScalarMappable(colors.Normalize(0, max(place(subjects[0])[-1], 1)), DEPTH_COLORS)
 
-    `lines` returns the x and y of each block of a subject.
-    """
+    def plot(axis, subject):
+        for depth, line in zip(place(subject), lines(subject), strict=True):
+            axis.plot(*line, color=scale.to_rgba(depth), lw=0.8)
+        axis.set_yscale("log")
+
+    ticks = MaxNLocator(integer=True) if label == "block" else None
+    return draw_panels(subjects, plot, scale, xlabel, ylabel, sharey=True, label=label, ticks=ticks)
+
+
+def draw_heatmap(subjects: list) -> Figure:
+    """Draw the layer-wise spectrum by block and frequency, with one scale for all models."""
+    levels = np.concatenate([values for subject in subjects for _, values in half_spectra(subject)])
+    scale = cm.ScalarMappable(colors.LogNorm(*np.quantile(levels[levels > 0], (0.002, 0.998))), DEPTH_COLORS)
+
+    def plot(axis, subject):
+        for i, (frequency, values) in enumerate(half_spectra(subject)):
+            edges, rows = np.append(frequency, 0.5), (i - 0.5, i + 0.5)
+            axis.pcolormesh(edges, rows, values[None], norm=scale.norm, cmap=scale.cmap, rasterized=True)
+        axis.set_xlim(0, 0.5)
+        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+
+    return draw_panels(subjects, plot, scale, CHANNEL_FREQUENCY, "block", label="spectrum $S$")
+
+
+def draw_panels(subjects: list, plot, scale, xlabel: str, ylabel: str, sharey=False, **colorbar) -> Figure:
+    """Draw a panel per model, at most four per row, not wider than a page, and a color bar."""
     rows = math.ceil(len(subjects) / 4)
     columns = math.ceil(len(subjects) / rows)
     figure = Figure(figsize=(min(1.5 + 2.1 * columns, PAGE_WIDTH), 0.4 + 2.1 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten().tolist()
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=sharey).flatten().tolist()
     while len(axes) > len(subjects):
         axes.pop().remove()
-    place, label = depth_axis(subjects)
-    scale = cm.ScalarMappable(colors.Normalize(0, max(place(subjects[0])[-1], 1)), DEPTH_COLORS)
-    for axis, subject in zip(axes, subjects, strict=True):
-        for depth, line in zip(place(subject), lines(subject), strict=True):
-            axis.plot(*line, color=scale.to_rgba(depth), lw=0.8)
-        axis.set(title=subject.name, yscale="log")
     for axis in axes[-columns:]:
         axis.tick_params(labelbottom=True)
+    for axis, subject in zip(axes, subjects, strict=True):
+        plot(axis, subject)
+        axis.set_title(subject.name)
     figure.supxlabel(xlabel, fontsize="medium")
     figure.supylabel(ylabel, fontsize="medium")
-    figure.colorbar(scale, ax=axes, label=label, ticks=MaxNLocator(integer=True) if label == "block" else None)
+    figure.colorbar(scale, ax=axes, **colorbar)
     return figure
 
 

@@ -1,6 +1,7 @@
 """Make a table of runs from their logs: accuracy next to published values, spread over seeds, gains over controls."""
 
 import argparse
+import csv
 import json
 import math
 import os
@@ -198,6 +199,13 @@ def published_markdown(rows: list[dict]) -> str:
     return "\n".join([*align(table), "", legend])
 
 
+def write_csv(rows: list[dict]) -> None:
+    rows = [row | row["varied"] for row in rows]
+    columns = [name for name in rows[0] if name != "varied"]
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerows([columns, *([as_text(row[name]) for name in columns] for row in rows)])
+
+
 def varied_flags(text: str) -> list[str]:
     names = [name.strip().lstrip("-").replace("-", "_") for name in text.split(",")]
     if unknown := [name for name in names if name not in DEFAULTS.keys() - NEUTRAL]:
@@ -209,6 +217,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("paths", nargs="*", help="folders with runs at any depth, or log files")
     form = parser.add_mutually_exclusive_group()
+    form.add_argument("--csv", action="store_true", help="print comma-separated values instead of Markdown")
     form.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
     form.add_argument("--published", action="store_true", help="print all published results next to these runs")
     help_text = "flags to show and sort by, such as those of a sweep; default: those that tell rows apart"
@@ -234,8 +243,12 @@ def main(argv: list[str] | None = None) -> int:
         except (OSError, ValueError) as error:
             warn(f"error: --plot {args.plot}: {getattr(error, 'strerror', None) or error}")
             return 2
-    as_markdown = published_markdown if args.published else markdown
-    print(json.dumps(rows, indent=1, default=str) if args.json else as_markdown(rows))
+    if args.csv:
+        write_csv(rows)
+    elif args.json:
+        print(json.dumps(rows, indent=1, default=str))
+    else:
+        print(published_markdown(rows) if args.published else markdown(rows))
     return 0
 
 

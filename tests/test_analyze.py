@@ -12,6 +12,7 @@ import timm
 import torch
 from conftest import ROOT, STUDENT, TEACHER, jpeg_folder
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import analyses
 import analyze
@@ -134,13 +135,18 @@ def test_files_hold_the_documented_keys(analyzed):
 
 
 @pytest.mark.slow
-def test_figures_are_written_as_png(tmp_path):
+def test_figures_are_written_as_png_and_for_tensorboard(tmp_path):
     run(*DEIT, *GRATINGS, "--entropy", "--output_dir", tmp_path)
-    names = {"intensity", "spectrum", "radial", "entropy"}
+    names = {"intensity", "spectrum", "heatmap", "radial", "entropy"}
     for name in names:
         image = np.asarray(Image.open(tmp_path / f"{name}.png").convert("L"))
         assert min(image.shape) > 400  # printable
         assert image.min() < 100  # something is drawn
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 1}).Reload()
+    assert set(events.Tags()["images"]) == names
+    (curves,) = (tmp_path / "tensorboard").glob("*/")
+    points = EventAccumulator(str(curves)).Reload().Scalars("block/intensity")
+    np.testing.assert_allclose([p.value for p in points], numbers(tmp_path)[f"{curves.name}/intensity"], rtol=1e-6)
 
 
 def subject(name, depth):

@@ -1,5 +1,7 @@
 """tables.py shows what the logs contain, and compares only comparable runs."""
 
+import csv
+import io
 import json
 
 import pytest
@@ -231,11 +233,13 @@ def test_nothing_to_show_is_an_error(show):
     assert show(code=2).err.startswith("error: there is no run in these paths")
 
 
-def test_json_holds_the_numbers_and_the_logs(write, show):
+def test_json_and_csv_hold_the_numbers_and_the_logs(write, show):
     folders = [write(f"run_{seed}", [1, 2, 60 + seed], *SOFT, "--seed", seed, test_ema_acc1=7.5) for seed in (0, 1)]
     (row,) = json.loads(show("--json", *folders).out)
     assert [row[name] for name in ("best", "ema_best", "seeds")] == [60.5, 7.5, [0, 1]]
     assert row["runs"] == [str(folder / "log.txt") for folder in folders]
+    (line,) = csv.DictReader(io.StringIO(show("--csv", "--vary", "w-fft", *folders).out))
+    assert [line[name] for name in ("best", "seeds", "w-fft")] == ["60.5", "0 1", "0"]
 
 
 def test_the_plot_has_one_color_per_row(tmp_path, write, show):
