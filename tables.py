@@ -5,6 +5,7 @@ import csv
 import json
 import math
 import os
+import signal
 import statistics
 import sys
 from collections import defaultdict
@@ -253,4 +254,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may close the pipe early
     sys.exit(main())
