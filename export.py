@@ -8,9 +8,7 @@ from typing import Any, cast
 
 import timm
 import torch
-from safetensors.torch import save_file
-from timm.models import PretrainedCfg
-from timm.models._hub import save_config_for_hf
+from timm.models import PretrainedCfg, save_for_hf
 from torch import nn
 
 import utils
@@ -74,17 +72,12 @@ def export_model(
     if config.get("fixed_input_size"):
         args.setdefault("img_size", input_size)
     labels = {"label_names": list(classes)} if classes else {}
-    folder = Path(folder)
     details = "\n".join(f"- **{name}:** {value}" for name, value in (facts or {}).items())
+    card = CARD.format(title=Path(folder).resolve().name, details=details, architecture=config["architecture"])
     with utils.as_user_error(f"cannot export to {folder}: ", Exception):
         model.pretrained_cfg = PretrainedCfg(**config, num_classes=cast(int, model.num_classes)).to_dict()
-        folder.mkdir(parents=True, exist_ok=True)
-        # like timm's save_for_hf, which needs a huggingface_hub that fits this release of timm
-        config_path: Any = folder / "config.json"  # timm 1.0.11 needs a Path, which later type hints do not list
-        save_config_for_hf(model, config_path, model_config=labels, model_args=args)
-        save_file(model.state_dict(), folder / "model.safetensors")
-        card = CARD.format(title=folder.resolve().name, details=details, architecture=config["architecture"])
-        utils.write_atomically(folder / "README.md", lambda file: file.write(card.encode()))
+        save_for_hf(model, str(folder), model_config=labels, model_args=args, safe_serialization=True)
+        (Path(folder) / "README.md").write_text(card, encoding="utf-8")
 
 
 def card_facts(
@@ -112,9 +105,7 @@ def card_facts(
     recipe = ("epochs", "input_size", "batch_size", "accum_steps", "world_size", "opt", "lr", "weight_decay", "sched")
     facts["Recipe"] = ", ".join(f"{key.replace('_', ' ')} {args[key]}" for key in recipe if args.get(key) is not None)
     if args.get("distillation_type", "none") != "none":
-        pairs = zip(args.get("s_id", []), args.get("t_id", []), strict=False)
-        blocks = ", ".join(f"{student} <- {teacher}" for student, teacher in pairs)
-        blocks = f"; blocks {blocks}" if blocks else ""
+        blocks = f"; student blocks {args['s_id']}, teacher blocks {args['t_id']}" if args.get("s_id") else ""
         facts["Teacher"] = f"{args['teacher_model']} ({args['distillation_type']} distillation{blocks})"
     if command:
         facts["Command line"] = f"`{command}`"

@@ -69,15 +69,11 @@ def score(args: Flags, model: nn.Module, names, what: str, dataset, loader, scor
 
 def real_labels(source: str, files: list[str], sampler: Iterable[int]) -> RealLabelsImagenet:
     """Return timm's counter of ReaL accuracy (arXiv 2006.07159) for the images of this rank, in the sampler's order."""
-    try:
+    need = "expected one entry for each image of ImageNet's validation set under its name, ILSVRC2012_val_00000001.JPEG"
+    with as_user_error(f"--real-labels {source}: {need}: ", Exception):
         real = RealLabelsImagenet(files, real_json=None if source == "timm" else source)
-        unknown = [file for file in files if Path(file).name not in real.real_labels]
-    except (OSError, ValueError) as error:
-        raise UserError(f"--real-labels {source}: {utils.one_line(error)}") from error
-    except AssertionError:
-        raise UserError(f"--real-labels {source}: expected one entry for each of the {len(files)} images") from None
-    if unknown:
-        raise UserError(f"--real-labels: {unknown[0]} has no ImageNet name, such as ILSVRC2012_val_00000001.JPEG")
+        if unknown := {Path(file).name for file in files} - set(real.real_labels):
+            raise ValueError(f"found {min(unknown)}")
     real.filenames = [files[i] for i in sampler]
     return real
 
