@@ -1,29 +1,177 @@
-"""An exported model equals the trained one, and timm alone can load it."""
+"""A run can be repeated, described and shared: run.args, checkpoints, exported models, Weights & Biases."""
 
 import json
+import re
+import shlex
+import sys
 from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
-from conftest import STUDENT, tiny_run
+from conftest import STUDENT, distil, tiny_run
 from families import FAMILIES, assert_same_function, build
-from timm.models._hub import has_hf_hub
 
+import analyze
 import main
 import models
 import utils
 from export import card_facts, export_model
-from flags import key_values, parse_args
+from flags import complete_args, key_values, parse_args, to_arg_lines
 from model_names import CONFIG_READERS
 
 KWARGS = key_values(STUDENT)
 DEIT = "deit_tiny_patch16_224"
+ON_CPU = ["--device", "cpu", "--num_workers", "0"]
+
+
+def run(*flags):
+    """Run main in this process."""
+    return main.main(parse_args(list(map(str, flags))))
 
 
 def export(checkpoint, folder, *more):
-    main.main(parse_args(tiny_run("--export", folder, "--resume", checkpoint, *more)))
+    run(*tiny_run("--export", folder, "--resume", checkpoint, *more))
     return folder / "model.safetensors"
+
+
+# run.args
+
+FLAGS = [
+    "--w-fft 0.05 --s-id 0 1 --t-id 2 3 --distillation-type soft --teacher-path {file}",
+    "--no-model-ema --no-repeated-aug --ThreeAugment --cutmix-minmax 0.2 0.8 --opt-betas 0.9 0.95",
+    "--model-kwargs window_size=(7,7) act_layer=gelu scale=1e-05 flag=True name=\"'3'\" none=None",
+    "--output_dir 'a folder # with signs' --aa rand-m9-mstd0.5-inc1 --seed 7 --warmup-epochs 0",
+]
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_run_args_reads_back_as_the_same_flags(flags, tmp_path, teacher_file):
+    args = parse_args(["--data-set", "GRATINGS", *shlex.split(flags.format(file=teacher_file))])
+    (tmp_path / "run.args").write_text("\n".join(to_arg_lines(args)))
+    assert vars(parse_args([f"@{tmp_path / 'run.args'}"])) == vars(args)
+
+
+KEPT = [
+    ("--overwrite", ""),
+    ("--resume auto", "--resume auto"),
+    ("--resume {folder}/checkpoint.pth --start_epoch 2", ""),
+    ("--resume {teacher}", "--resume {teacher}"),
+]
+
+
+@pytest.mark.parametrize(("flags", "kept"), KEPT)
+def test_run_args_starts_no_run_over_and_continues_none(flags, kept, tmp_path, teacher_file):
+    (tmp_path / "checkpoint.pth").touch()
+    flags, kept = (text.format(folder=tmp_path, teacher=teacher_file) for text in (flags, kept))
+    args = parse_args([*tiny_run(), "--output_dir", str(tmp_path), *flags.split()])
+    assert [line for line in to_arg_lines(args) if re.match("--(overwrite|resume|start)", line)] == [kept] * bool(kept)
+
+
+# What a checkpoint tells
+
+
+def test_a_checkpoint_fills_in_what_is_not_given(tmp_path):
+    stored = {"model": "resnet18", "model_kwargs": {"channels": (8, 8, 16, 16)}, "num_classes": 9, "input_size": 64}
+    stored |= {"eval_crop_ratio": 0.9, "data_set": "CIFAR", "data_path": str(tmp_path), "lr": 1.0}
+    (tmp_path / "file").touch()
+    args = parse_args(["--resume", str(tmp_path / "file"), "--input-size", "96"])
+    found = vars(complete_args(args, stored))
+    assert {name: found[name] for name in stored} == stored | {"input_size": 96, "lr": args.lr}
+
+
+def test_a_checkpoint_of_an_older_version_tells_its_model(tmp_path):
+    """Before version 0.2 the arguments of a model were stored as text."""
+    args = {"model": "vit_tiny_patch16_224", "model_kwargs": ["depth=2", "embed_dim=24", "num_heads=3"]}
+    torch.save({"model": build("vit_tiny_patch16_224").state_dict(), "args": args}, tmp_path / "old.pth")
+    run("--export", tmp_path / "model", "--resume", tmp_path / "old.pth", "--input-size", 64)
+    assert json.loads((tmp_path / "model/config.json").read_text())["model_args"]["depth"] == 2
+    words = ["--checkpoint", str(tmp_path / "old.pth"), "--input-size", "64", "--data-set", "GRATINGS", *ON_CPU]
+    analyze.main(analyze.get_args_parser().parse_args([*words, "--num-images", "4"]))
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory, teacher_file):
+    """The folders of a distilled run of two epochs and of its export, which names neither file nor model."""
+    root = tmp_path_factory.mktemp("card")
+    run(*tiny_run(*distil(teacher_file), "--epochs", 2, "--output_dir", root / "run", "--no-model-ema"))
+    run("--export", root / "model", "--resume", "auto", "--output_dir", root / "run", "--device", "cpu")
+    return root / "run", root / "model"
+
+
+@pytest.mark.slow
+def test_the_run_of_run_args_has_the_same_weights(distilled, tmp_path):
+    run(f"@{distilled[0] / 'run.args'}", "--output_dir", tmp_path / "again")
+    folders = distilled[0], tmp_path / "again"
+    first, again = (torch.load(folder / "checkpoint.pth", weights_only=True) for folder in folders)
+    torch.testing.assert_close(again["model"], first["model"], rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_a_resumed_file_needs_no_model(distilled, tmp_path):
+    flags = ["--resume", distilled[0] / "checkpoint.pth", "--epochs", 3, "--batch-size", 16, "--warmup-epochs", 0]
+    run(*flags, *ON_CPU, "--output_dir", tmp_path)
+    assert [json.loads(line)["epoch"] for line in (tmp_path / "log.txt").read_text().splitlines()] == [2]
+
+
+@pytest.mark.slow
+def test_the_card_of_a_distilled_run_repeats_it(distilled):
+    folder, exported = distilled
+    card = (exported / "README.md").read_text()
+    line = json.loads((folder / "log.txt").read_text().splitlines()[-1])
+    assert f"**Accuracy:** top-1 {line['test_acc1']:.2f}%, top-5 {line['test_acc5']:.2f}% on GRATINGS, epoch 1" in card
+    blocks = "student blocks [0, 1, 3], teacher blocks [0, 1, 5]"
+    assert f"**Teacher:** cait_s24_224 (soft distillation; {blocks})" in card
+    command = shlex.split(re.search(r"\*\*Command line:\*\* `(.*)`", card)[1])
+    assert command[:2] == ["python", "main.py"]
+    assert vars(parse_args(command[2:])) == vars(parse_args([f"@{folder / 'run.args'}"]))
+
+
+# Weights & Biases
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """The calls of a stand-in for wandb, which is interrupted when it logs epoch 1 for the first time."""
+    calls = []
+
+    def log(stats, step):
+        calls.append(("log", step))
+        if step == 1 and calls.count(("log", 1)) == 1:
+            raise KeyboardInterrupt
+
+    def init(config, **options):
+        calls.append(("init", options))
+        return SimpleNamespace(log=log, finish=lambda exit_code: calls.append(("finish", exit_code)))
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    return calls
+
+
+@pytest.mark.slow
+def test_wandb_ends_with_a_stopped_run_and_resumes_it(wandb, tmp_path):
+    """A run that starts again has a new id."""
+    flags = tiny_run("--epochs", 2, "--output_dir", tmp_path / "out", "--wandb", "project")
+    with pytest.raises(KeyboardInterrupt):
+        run(*flags)
+    run(*flags, "--resume", "auto")
+    run(*flags, "--epochs", 1, "--overwrite")
+    first, again = wandb[0][1], wandb[7][1]
+    assert wandb[:4] == [("init", first), ("log", 0), ("log", 1), ("finish", 1)]
+    assert wandb[4:7] == [("init", first), ("log", 1), ("finish", 0)]
+    assert wandb[7:] == [("init", again), ("log", 0), ("finish", 0)]
+    assert [first[name] for name in ("project", "name", "resume")] == ["project", "out", "allow"]
+    assert first["id"] != again["id"]
+
+
+def test_a_missing_wandb_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(utils.UserError, match=r"^--wandb needs wandb \(pip install wandb\)"):
+        utils.RunLog(tmp_path, {}, wandb_project="project")
+
+
+# Exported models
 
 
 def test_a_checkpoint_of_the_original_exports(tmp_path):
@@ -44,12 +192,9 @@ def test_a_refused_export_leaves_no_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pth"]
 
 
-# timm's own format
-
-
 CLASSES = ["ant", "bee", "cat", "dog", "emu"]
 RECIPES = ["deit_tiny_distilled_patch16_224", "swin_tiny_patch4_window7_224", "cait_s24_224", "regnety_160"]
-has_local_dir = pytest.mark.skipif(CONFIG_READERS["local-dir"] is None, reason="old timm")
+has_local_dir = pytest.mark.skipif("local-dir" not in CONFIG_READERS, reason="old timm")
 
 
 def export_tiny(name, folder, **kwargs):
@@ -65,7 +210,7 @@ def test_timm_loads_an_exported_model(name, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     file, args = str(tmp_path / "model.safetensors"), {"num_classes": 5} | config["model_args"]
     assert_same_function(timm.create_model(config["architecture"], checkpoint_path=file, **args).eval(), model)
-    if CONFIG_READERS["local-dir"]:
+    if "local-dir" in CONFIG_READERS:
         loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
         assert_same_function(loaded, model)
         data = timm.data.resolve_model_data_config(loaded)
@@ -76,8 +221,6 @@ def test_timm_loads_an_exported_model(name, tmp_path):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """Return the folder of owner/name in an offline cache of the hub."""
-    if not has_hf_hub():
-        pytest.skip("this timm does not work with this huggingface_hub")
     repository = tmp_path / "hub" / "models--owner--name"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0" * 40)
@@ -88,17 +231,14 @@ def hub(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "regnety_160"])
 def test_an_exported_model_comes_back_from_the_hub(name, hub):
+    with pytest.raises(utils.UserError, match=r"^model hf-hub:owner/name: cannot read its config.json: .*$"):
+        models.build_model("hf-hub:owner/name", 5)
     model = export_tiny(name, hub)
     loaded = models.build_model("hf-hub:owner/name", 5, input_size=64, pretrained=True).eval()
     assert_same_function(loaded, model)
     assert models.class_names(loaded, "hf-hub:owner/name", True, 5) == CLASSES
     larger = models.build_model("hf-hub:owner/name", 7, input_size=96, pretrained=True).eval()
     assert larger(torch.zeros(1, 3, 96, 96)).shape == (1, 7)
-
-
-def test_a_model_that_the_hub_does_not_have_is_one_line(hub):
-    with pytest.raises(utils.UserError, match=r"^model hf-hub:owner/none: cannot read its config.json: .*$"):
-        models.build_model("hf-hub:owner/none", 5)
 
 
 def test_the_model_card_tells_the_accuracy_of_its_epoch(tmp_path):
