@@ -21,8 +21,6 @@ import main
 import tables
 from flags import key_values, parse_args
 
-pytestmark = pytest.mark.slow
-
 # What is added to the README's commands, so that they take seconds on a CPU.
 ON_CPU = ["--device", "cpu", "--num_workers", "0"]
 CPU = f"{shlex.join(ON_CPU)} --input-size 32"
@@ -78,10 +76,15 @@ def execute(python, program, *words):
     return output.getvalue()
 
 
+@pytest.mark.slow
 def test_the_readme_gets_from_images_to_a_table(outputs):
+    """It suggests pairs as flags of the next command, and names a default that does not fit."""
     assert len(re.findall(r"^\| .*resnet18", outputs[4], re.MULTILINE)) == 3, outputs[4]
+    assert re.search(r"^--s-id( \d+){4} --t-id( \d+){4}$", outputs[1], re.MULTILINE)
+    assert "an EMA decay of 0.99996 is too slow for 120 steps: try --model-ema-decay 0.9167" in outputs[0]
 
 
+@pytest.mark.slow
 def test_teacher_and_student_learn_handwritten_digits(outputs, digits):
     for name in ("teacher", "spectral", "soft_kd"):
         lines = map(json.loads, (digits / "Output" / name / "log.txt").read_text().splitlines())
@@ -89,19 +92,12 @@ def test_teacher_and_student_learn_handwritten_digits(outputs, digits):
         assert best > 30, f"{name}: {best} %, where chance is 10 %"
 
 
-def test_suggestions_are_flags_of_the_next_command(outputs):
-    assert re.search(r"^--s-id( \d+){4} --t-id( \d+){4}$", outputs[1], re.MULTILINE)
-
-
+@pytest.mark.slow
 def test_the_control_differs_in_the_feature_loss_alone(outputs, digits):
     spectral, control = (
         json.loads((digits / f"Output/{name}/args.json").read_text()) for name in ("spectral", "soft_kd")
     )
     assert {name for name in spectral if spectral[name] != control[name]} == {"w_fft", "output_dir"}
-
-
-def test_the_run_names_defaults_that_do_not_fit(outputs):
-    assert "an EMA decay of 0.99996 is too slow for 120 steps: try --model-ema-decay 0.9167" in outputs[0]
 
 
 def run(*flags):
@@ -143,6 +139,7 @@ def my_resnet18(pretrained=False, num_classes=1000, **kwargs):
 """
 
 
+@pytest.mark.slow
 def test_a_model_of_the_users_module_is_distilled(teacher_file, tmp_path, monkeypatch, capsys):
     """It is trained, evaluated from its checkpoint and analyzed."""
     (tmp_path / "my_models.py").write_text(MY_MODELS)
