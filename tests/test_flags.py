@@ -93,8 +93,3 @@ def test_the_ema_follows_its_flags(base, tmp_path):
     assert differ(train(tmp_path / "decay", "--model-ema-decay", "0.5")["model_ema"], base()["model_ema"])
     assert not differ(train(tmp_path / "cpu", "--model-ema-force-cpu")["model_ema"], base()["model_ema"])
     assert train(tmp_path / "none", "--no-model-ema")["model_ema"] is None
-
-
-def test_save_every_keeps_every_nth_epoch(tmp_path):
-    train(tmp_path, "--save-every", "2")
-    assert [path.name for path in tmp_path.glob("checkpoint_0*")] == ["checkpoint_0001.pth"]

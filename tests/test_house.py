@@ -10,7 +10,6 @@ from conftest import ROOT
 
 import analyze
 import baselines
-import datasets
 import flags
 import spectral
 import tables
@@ -118,28 +117,22 @@ def test_every_flag_is_read():
 
 def test_the_choices_of_flags_are_those_of_the_modules():
     """flags.py cannot import them, because they import torch."""
-    assert flags.SMALL_IMAGE == datasets.SMALL_IMAGE
     assert set(flags.FEATURE_LOSSES) == {"spectral", *baselines.PAIR_LOSSES, *baselines.PROJECTORS}
     choices = {action.dest: action.choices for action in flags.get_args_parser()._actions}
     assert set(choices["spectral_impl"]) == set(spectral.SPECTRAL_IMPLEMENTATIONS)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_files_named_in_a_document_exist(document):
+def test_files_and_flags_named_in_a_document_exist(document):
     text = document.read_text()
     named = {*re.findall(r"`([\w./-]+\.(?:py|md|args|slurm|sh))`", text), *re.findall(r"@(recipes/\S+\.args)", text)}
     links = {(document.parent / link).resolve() for link in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", text)}
     missing = {name for name in named if not (ROOT / name).exists()}
     missing |= {str(path.relative_to(ROOT)) for path in links if not path.exists()}
     assert missing <= {"run.args"}
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_flags_named_in_a_document_exist(document):
     parsers = (flags.get_args_parser(), analyze.get_args_parser(), tables.get_args_parser())
     known = {name for parser in parsers for action in parser._actions for name in action.option_strings}
-    named = set(re.findall(r"(?<![\w-])--\w[\w-]*", document.read_text()))
-    assert named - known <= FLAGS_OF_OTHERS
+    assert set(re.findall(r"(?<![\w-])--\w[\w-]*", text)) - known <= FLAGS_OF_OTHERS
 
 
 MISTAKES = ["--help", "--lr nan", "--distillation-type soft", "--data-path missing", "@missing.args"]
