@@ -34,6 +34,14 @@ def distil(teacher_file, *more):
     ]
 
 
+def run(*flags):
+    """Run main in this process and return what it returns."""
+    import main
+    from flags import parse_args
+
+    return main.main(parse_args(list(map(str, flags))))
+
+
 def jpeg_folder(root, classes=("ant", "bee"), splits=("train", "val"), images=4, size=(40, 30)):
     """Write JPEG files in ImageNet's layout, each image of its own color, and return the folder."""
     for split in splits:

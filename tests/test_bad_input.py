@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import ROOT, STUDENT, TEACHER, distil, jpeg_folder, tiny_run
+from conftest import ROOT, STUDENT, TEACHER, distil, jpeg_folder, run, tiny_run
 
 import builders
-import main
 import utils
 from flags import key_values, parse_args
 from utils import UserError
@@ -178,10 +177,10 @@ def flags_of(row, places):
     return [word.format(**places) for word in row.split()]
 
 
-def assert_refused(message, function, *args):
+def assert_refused(message, function, *flags):
     """The function raises a UserError of one line that matches."""
     with pytest.raises(UserError) as caught:
-        function(*args)
+        function(*flags)
     assert re.search(message, str(caught.value))
     assert "\n" not in utils.error_line(caught.value)
 
@@ -193,7 +192,7 @@ def test_flags_alone_show_the_mistake(row, message, places):
 
 @pytest.mark.parametrize(("row", "message"), WITH_A_MODEL)
 def test_a_mistake_that_needs_a_model_is_refused(row, message, places):
-    assert_refused(message, main.main, parse_args(tiny_run(*flags_of(row, places))))
+    assert_refused(message, run, *tiny_run(*flags_of(row, places)))
 
 
 @pytest.mark.parametrize(("row", "message"), BEFORE_A_MODEL)
@@ -221,7 +220,7 @@ def test_argument_files_are_read_as_a_shell_would(content, expected, tmp_path):
 
 @pytest.mark.slow
 def test_a_minimum_above_the_learning_rate_is_a_warning(capsys):
-    main.main(parse_args(tiny_run("--lr", "1e-4")))  # of a global batch of 512; here it is 16
+    run(*tiny_run("--lr", "1e-4"))  # of a global batch of 512; here it is 16
     assert "warning: --min-lr 1e-05 is above the learning rate" in capsys.readouterr().out
 
 
@@ -232,10 +231,3 @@ def test_the_published_commands_are_accepted(monkeypatch, tmp_path):
     assert len(commands) == 3
     for command in commands:
         parse_args(command.split())
-
-
-def test_eval_needs_no_training_images(places, tmp_path):
-    model = timm.create_model(DEIT, num_classes=2, **key_values(STUDENT))
-    torch.save(model.state_dict(), tmp_path / "weights.pth")
-    flags = flags_of(f"{IMNET} {{no_train}} --eval --resume {tmp_path}/weights.pth", places)
-    assert main.main(parse_args(tiny_run(*flags)))["images"] == 8

@@ -10,11 +10,10 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
-from conftest import STUDENT, distil, tiny_run
+from conftest import STUDENT, distil, run, tiny_run
 from families import FAMILIES, assert_same_function, build
 
 import analyze
-import main
 import models
 import utils
 from export import card_facts, export_model
@@ -24,11 +23,6 @@ from model_names import CONFIG_READERS
 KWARGS = key_values(STUDENT)
 DEIT = "deit_tiny_patch16_224"
 ON_CPU = ["--device", "cpu", "--num_workers", "0"]
-
-
-def run(*flags):
-    """Run main in this process."""
-    return main.main(parse_args(list(map(str, flags))))
 
 
 def export(checkpoint, folder, *more):

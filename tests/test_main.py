@@ -4,15 +4,12 @@ import json
 import re
 
 import pytest
-import timm
 import torch
-from conftest import STUDENT, distil, tiny_run
+from conftest import distil, run, tiny_run
 from processes import finish
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import main
 from datasets import build_dataset
-from flags import key_values, parse_args
 
 pytestmark = pytest.mark.slow
 LOG_KEYS = {
@@ -21,11 +18,6 @@ LOG_KEYS = {
 }
 CHECKPOINT_KEYS = {"model", "optimizer", "lr_scheduler", "epoch", "scaler", "model_ema", "max_accuracy", "args"}
 SIZES = ["--gratings-sizes", 96, 49]
-
-
-def run(*flags):
-    """Run main in this process."""
-    return main.main(parse_args(list(map(str, flags))))
 
 
 def load(path):
@@ -112,22 +104,7 @@ def test_a_dry_run_reports_its_cost_and_writes_nothing(teacher_file, tmp_path, c
 
 
 def test_two_heads_learn_from_labels_and_teacher(teacher_file, tmp_path):
-    """A distilled DeiT trains its heads apart and evaluates their mean."""
-    name = "deit_tiny_distilled_patch16_224"
-    flags = tiny_run(*distil(teacher_file), "--model", name, "--output_dir", tmp_path)
+    flags = tiny_run(*distil(teacher_file), "--model", "deit_tiny_distilled_patch16_224", "--output_dir", tmp_path)
     run(*flags, "--distillation-type", "hard", "--lr", "0.01")
     weights = load(tmp_path / "checkpoint.pth")["model"]
     assert not torch.equal(weights["head.bias"], weights["head_dist.bias"])
-    model = timm.create_model(name, num_classes=24, **key_values(STUDENT)).eval()
-    model.load_state_dict(weights)
-    images = torch.rand(2, 3, 32, 32)
-    features = model.forward_features(images)
-    mean = (model.head(features[:, 0]) + model.head_dist(features[:, 1])) / 2
-    torch.testing.assert_close(model(images), mean)
-
-
-def test_a_float32_student_learns_from_a_float16_teacher(teacher_file, tmp_path):
-    run(*tiny_run(*distil(teacher_file, "--teacher-dtype", "float16"), "--output_dir", tmp_path))
-    terms = json.loads((tmp_path / "log.txt").read_text())
-    assert terms["train_loss_fft"] > 0
-    assert terms["train_loss_dist"] > 0

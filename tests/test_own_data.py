@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ROOT, distil, tiny_run
+from conftest import ROOT, distil, run, tiny_run
 from families import build, mae_file
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -98,11 +98,6 @@ def test_the_control_differs_in_the_feature_loss_alone(outputs, digits):
         json.loads((digits / f"Output/{name}/args.json").read_text()) for name in ("spectral", "soft_kd")
     )
     assert {name for name in spectral if spectral[name] != control[name]} == {"w_fft", "output_dir"}
-
-
-def run(*flags):
-    """Run main in this process."""
-    return main.main(parse_args(list(map(str, flags))))
 
 
 def test_finetune_takes_a_self_supervised_file(tmp_path, capsys):

@@ -8,12 +8,11 @@ import shutil
 import pytest
 import timm
 import torch
-from conftest import STUDENT, jpeg_folder
+from conftest import STUDENT, jpeg_folder, run
 from processes import finish
 
-import main
 from datasets import build_dataset, eval_transform
-from flags import key_values, parse_args
+from flags import key_values
 from scoring import real_labels
 from utils import UserError
 
@@ -29,11 +28,6 @@ def save(path, model, **facts):
     args = {"model": DEIT, "model_kwargs": KWARGS, "input_size": 32, "data_set": "IMNET"}
     torch.save({"model": model.state_dict(), "args": args, **facts}, path)
     return path
-
-
-def run(*flags):
-    """Run main in this process and return the statistics."""
-    return main.main(parse_args(list(map(str, flags))))
 
 
 def printed(flags, ranks, capsys):
