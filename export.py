@@ -8,7 +8,8 @@ from typing import Any, cast
 
 import timm
 import torch
-from timm.models import PretrainedCfg, save_for_hf
+from timm.models import PretrainedCfg
+from timm.models._hub import save_for_hf
 from torch import nn
 
 import utils
