@@ -13,7 +13,6 @@ import torch
 from conftest import STUDENT, distil, run, tiny_run
 from families import FAMILIES, assert_same_function, build
 
-import analyze
 import models
 import utils
 from export import card_facts, export_model
@@ -71,18 +70,10 @@ def test_a_checkpoint_fills_in_what_is_not_given(tmp_path):
     stored |= {"eval_crop_ratio": 0.9, "data_set": "CIFAR", "data_path": str(tmp_path), "lr": 1.0}
     (tmp_path / "file").touch()
     args = parse_args(["--resume", str(tmp_path / "file"), "--input-size", "96"])
-    found = vars(complete_args(args, stored))
-    assert {name: found[name] for name in stored} == stored | {"input_size": 96, "lr": args.lr}
-
-
-def test_a_checkpoint_of_an_older_version_tells_its_model(tmp_path):
-    """Before version 0.2 the arguments of a model were stored as text."""
-    args = {"model": "vit_tiny_patch16_224", "model_kwargs": ["depth=2", "embed_dim=24", "num_heads=3"]}
-    torch.save({"model": build("vit_tiny_patch16_224").state_dict(), "args": args}, tmp_path / "old.pth")
-    run("--export", tmp_path / "model", "--resume", tmp_path / "old.pth", "--input-size", 64)
-    assert json.loads((tmp_path / "model/config.json").read_text())["model_args"]["depth"] == 2
-    words = ["--checkpoint", str(tmp_path / "old.pth"), "--input-size", "64", "--data-set", "GRATINGS", *ON_CPU]
-    analyze.main(analyze.get_args_parser().parse_args([*words, "--num-images", "4"]))
+    old = {"model_kwargs": ["channels=(8,8,16,16)"]}  # version 0.1 stored text
+    for kwargs in ({}, old):
+        found = vars(complete_args(args, stored | kwargs))
+        assert {name: found[name] for name in stored} == stored | {"input_size": 96, "lr": args.lr}
 
 
 @pytest.fixture(scope="module")

@@ -85,11 +85,6 @@ def test_a_model_registered_by_the_user_builds():
     assert note == "the file's head has 7 classes, not 5; a fresh head is trained"
 
 
-@pytest.mark.parametrize(("name", "expected"), [("vit_tiny_patch16_224", ((0.5,) * 3, (0.5,) * 3)), (DEIT, IMAGENET)])
-def test_normalization_is_the_models_own(name, expected):
-    assert models.normalization(build(name)) == expected
-
-
 def test_only_attention_position_and_heads_are_trained():
     model = build("deit_tiny_distilled_patch16_224")
     models.freeze_all_but_attention(model)
@@ -117,21 +112,3 @@ def test_class_names_are_those_of_the_weights(config, num_classes, pretrained, n
     found = models.class_names(model, name, pretrained, num_classes)
     assert (found and found[:2]) == names
     assert found is None or len(found) == num_classes
-
-
-@pytest.mark.parametrize(
-    ("name", "kwargs", "input_size", "size"),
-    [
-        (DEIT, VIT, 96, 96),  # built at our size
-        (DEIT, {**VIT, "img_size": 64}, 96, 64),  # as asked
-        ("levit_128s", FAMILIES["levit_128s"], 64, 224),  # cannot resample its attention biases
-        ("resnet18", FAMILIES["resnet18"], 64, 64),
-    ],
-)
-@torch.no_grad()
-def test_a_teacher_is_built_at_our_size_or_its_own(name, kwargs, input_size, size):
-    weights = models.build_model(name, 0, input_size=size, kwargs=kwargs).state_dict()
-    model, found = models.build_teacher(name, 0, input_size=input_size, kwargs=kwargs, weights=weights)
-    assert found == size
-    assert not model.training
-    assert model(images(size)).ndim == 2

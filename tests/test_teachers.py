@@ -33,10 +33,10 @@ def teacher_for(classes, name, kwargs, *flags):
 def taught_by(tmp_path):
     """Return a function like `teacher_for` whose teacher takes its weights from a file of a model."""
 
-    def teacher(source, taught, *flags, classes=None):
+    def teacher(source, taught, *flags, classes=None, **kwargs):
         torch.save({"model": source.state_dict(), "classes": classes}, tmp_path / "teacher.pth")
         name = source.pretrained_cfg["architecture"]
-        return teacher_for(taught, name, FAMILIES.get(name, VIT), *flags, "--teacher-path", tmp_path / "teacher.pth")
+        return teacher_for(taught, name, FAMILIES[name] | kwargs, *flags, "--teacher-path", tmp_path / "teacher.pth")
 
     return teacher
 
@@ -98,12 +98,16 @@ def test_a_teacher_gets_images_in_its_own_normalization(taught_by):
     torch.testing.assert_close(logits, source((pixels - 0.5) / 0.5), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "kwargs"), [("levit_128s", 224, {}), ("deit_tiny_patch16_224", 96, {"img_size": 96})]
+)
 @torch.no_grad()
-def test_a_teacher_of_a_fixed_size_gets_resized_images(taught_by, capsys):
-    source = build("levit_128s", 2, input_size=224)
-    resized = F.interpolate(images(64), size=(224, 224), mode="bicubic", antialias=True)
-    assert_logits(taught_by(source, ["a", "b"], *LOGITS), source(resized))
-    assert "takes images of 224 pixels: the student's images (64 pixels) are resized for it" in capsys.readouterr().out
+def test_a_teacher_of_a_fixed_size_gets_resized_images(name, size, kwargs, taught_by, capsys):
+    """The attention biases of LeViT cannot be resampled; of other models, arguments may fix the size."""
+    source = build(name, 2, input_size=size)
+    resized = F.interpolate(images(64), size=(size, size), mode="bicubic", antialias=True)
+    assert_logits(taught_by(source, ["a", "b"], *LOGITS, **kwargs), source(resized))
+    assert f"images of {size} pixels: the student's images (64 pixels) are resized for it" in capsys.readouterr().out
 
 
 @pytest.mark.slow
