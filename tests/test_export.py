@@ -22,6 +22,7 @@ from model_names import CONFIG_READERS
 KWARGS = key_values(STUDENT)
 DEIT = "deit_tiny_patch16_224"
 ON_CPU = ["--device", "cpu", "--num_workers", "0"]
+has_local_dir = pytest.mark.skipif("local-dir" not in CONFIG_READERS, reason="old timm")
 
 
 def export(checkpoint, folder, *more):
@@ -113,6 +114,15 @@ def test_the_card_of_a_distilled_run_repeats_it(distilled):
     assert vars(parse_args(command[2:])) == vars(parse_args([f"@{folder / 'run.args'}"]))
 
 
+@pytest.mark.slow
+@has_local_dir
+def test_an_exported_folder_is_a_model_and_a_teacher(distilled, capsys):
+    name, ids = f"local-dir:{distilled[1]}", ["--s-id", "all", "--t-id", "all"]
+    flags = ["--teacher-model", name, "--distillation-type", "soft", *ids, "--pretrained", "--dry-run"]
+    run(*tiny_run("--model", name, "--model-kwargs", *flags))
+    assert "blocks.3 [24, 4, 4] <- teacher blocks.3 [24, 4, 4]" in capsys.readouterr().out
+
+
 # Weights & Biases
 
 
@@ -181,7 +191,6 @@ def test_a_refused_export_leaves_no_file(tmp_path):
 
 CLASSES = ["ant", "bee", "cat", "dog", "emu"]
 RECIPES = ["deit_tiny_distilled_patch16_224", "swin_tiny_patch4_window7_224", "cait_s24_224", "regnety_160"]
-has_local_dir = pytest.mark.skipif("local-dir" not in CONFIG_READERS, reason="old timm")
 
 
 def export_tiny(name, folder, **kwargs):

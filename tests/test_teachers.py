@@ -4,21 +4,15 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import STUDENT, TEACHER, tiny_run
 from families import FAMILIES, VIT, build, images, mae_file
 from timm.data import ImageNetInfo
 
-import main
 from builders import build_student, build_teacher
-from datasets import build_dataset
-from export import export_model
-from flags import complete_teacher, key_values, parse_args
-from model_names import CONFIG_READERS
+from flags import complete_teacher, get_args_parser, parse_args
 from utils import UserError
 
 CLASSES = ["n02979186", "n01440764", "n03000684"]  # of Imagenette, not in the order of ImageNet
 LOGITS = ["soft", "--w-fft", 0]
-has_local_dir = pytest.mark.skipif("local-dir" not in CONFIG_READERS, reason="old timm")
 
 
 def teacher_for(classes, name, kwargs, *flags):
@@ -110,20 +104,6 @@ def test_a_teacher_of_a_fixed_size_gets_resized_images(name, size, kwargs, taugh
     assert f"images of {size} pixels: the student's images (64 pixels) are resized for it" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-@has_local_dir
-def test_exported_folders_are_models_and_teachers(tmp_path, capsys):
-    """A folder of --export serves as --model and as --teacher-model."""
-    for folder, name, kwargs in (("s", "deit_tiny_patch16_224", STUDENT), ("t", "cait_s24_224", TEACHER)):
-        model = timm.create_model(name, num_classes=24, **key_values(kwargs))
-        classes = None if folder == "s" else build_dataset("GRATINGS", "val", None).classes
-        export_model(model, tmp_path / folder, input_size=32, classes=classes, model_args=key_values(kwargs))
-    flags = tiny_run("--model", f"local-dir:{tmp_path / 's'}", "--model-kwargs", "--pretrained", "--dry-run")
-    flags += ["--teacher-model", f"local-dir:{tmp_path / 't'}", "--distillation-type", "soft", "--s-id", 3, "--t-id", 5]
-    main.main(parse_args(list(map(str, flags))))
-    assert "blocks.3 [24, 4, 4] <- teacher blocks.5 [48, 4, 4]" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
@@ -141,5 +121,5 @@ def test_a_teacher_is_the_model_of_its_run_unless_named(flags, expected):
 
 
 def test_the_help_explains_block_ids():
-    words = " ".join(main.get_args_parser().format_help().split())
+    words = " ".join(get_args_parser().format_help().split())
     assert "indices into timm's feature_info (ViT: blocks, Swin: stages), or all" in words
