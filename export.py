@@ -13,7 +13,7 @@ from timm.models._hub import save_for_hf
 from torch import nn
 
 import utils
-from weights import model_config
+from weights import model_config, stored_args
 
 CARD = """\
 ---
@@ -81,27 +81,23 @@ def export_model(
         (Path(folder) / "README.md").write_text(card, encoding="utf-8")
 
 
-def card_facts(
-    args: Mapping[str, Any],
-    log: str | Path | None = None,
-    *,
-    epoch: int | None = None,
-    ema: bool = False,
-    command: str = "",
-) -> dict[str, str]:
+def card_facts(checkpoint: Mapping[str, Any], log: Path, *, ema: bool = False, command: str = "") -> dict[str, str]:
     """Return the entries of a model card: accuracy, recipe, teacher, command line and versions.
 
     Args:
-        args: the run's flags by name.
-        log: the run's log.txt, which has the accuracy.
-        epoch: the epoch whose weights are exported; None if it is unknown, and with it the accuracy.
+        checkpoint: the exported checkpoint, with its epoch and the flags of its run.
+        log: the run's log.txt, which has the accuracy, or a file that does not exist.
         ema: the exported weights are the moving average.
         command: the command line that repeats the run.
     """
+    args = {**stored_args(checkpoint), "world_size": checkpoint.get("world_size")}
     facts = {}
-    accuracy = _read_log(log, epoch, "test_ema_acc" if ema else "test_acc")
-    if accuracy:
-        facts["Accuracy"] = f"{accuracy} on {args.get('data_set')}, epoch {epoch}"
+    stats = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
+    metric = "test_ema_acc" if ema else "test_acc"
+    for line in stats:
+        if line["epoch"] == checkpoint.get("epoch") and f"{metric}1" in line:
+            accuracy = f"top-1 {line[f'{metric}1']:.2f}%, top-5 {line[f'{metric}5']:.2f}%"
+            facts["Accuracy"] = f"{accuracy} on {args.get('data_set')}, epoch {line['epoch']}"
     facts["Weights"] = "moving average" if ema else "as trained"
     recipe = ("epochs", "input_size", "batch_size", "accum_steps", "world_size", "opt", "lr", "weight_decay", "sched")
     facts["Recipe"] = ", ".join(f"{key.replace('_', ' ')} {args[key]}" for key in recipe if args.get(key) is not None)
@@ -112,11 +108,3 @@ def card_facts(
         facts["Command line"] = f"`{command}`"
     facts["Versions"] = f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}"
     return facts
-
-
-def _read_log(path: str | Path | None, epoch: int | None, metric: str) -> str:
-    """Return the accuracies that log.txt has for an epoch, or an empty string."""
-    text = Path(path).read_text(encoding="utf-8") if path and Path(path).is_file() else ""
-    stats = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
-    found = next((line for line in stats if line["epoch"] == epoch), {})
-    return ", ".join(f"top-{k} {found[f'{metric}{k}']:.2f}%" for k in (1, 5) if f"{metric}{k}" in found)

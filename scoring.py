@@ -32,8 +32,6 @@ def load_student(args: Flags, checkpoint: dict | None) -> tuple[nn.Module, list[
         with as_user_error(f"{what}: ", UserError):
             weights = extract_weights(source, ema=args.eval_ema)
             count = count or models.count_classes(args.model, weights, source.get("classes"))
-    elif args.eval_ema:
-        raise UserError("--eval-ema: timm's pretrained weights have no EMA: leave it out")
     model = build_student(args, count)
     if args.pretrained and model.num_classes != models.model_config(model)["num_classes"]:
         raise UserError("--pretrained with --num-classes would score an untrained head: leave out --num-classes")
@@ -100,12 +98,6 @@ def export(args: Flags, path: Path, checkpoint: dict) -> None:
         crop_ratio=args.eval_crop_ratio,
         classes=names,
         model_args=args.model_kwargs,
-        facts=card_facts(
-            stored | {"world_size": checkpoint.get("world_size")},
-            path.parent / "log.txt",
-            epoch=checkpoint.get("epoch"),
-            ema=args.eval_ema,
-            command=command,
-        ),
+        facts=card_facts(checkpoint, path.parent / "log.txt", ema=args.eval_ema, command=command),
     )
     log(f"wrote {args.export}: config.json, model.safetensors and README.md")
