@@ -287,8 +287,7 @@ def check_paths(args: argparse.Namespace) -> None:
     teacher_path = args.teacher_path if args.distillation_type != "none" and not args.eval else ""
     for flag, path in (("resume", args.resume), ("finetune", args.finetune), ("teacher-path", teacher_path)):
         if path and path != "auto" and "://" not in path and not Path(path).is_file():
-            found = "is a folder" if Path(path).is_dir() else "does not exist"
-            raise UserError(f"--{flag} {path} {found}: give a file of weights")
+            raise UserError(f"--{flag} {path} is not a file: give a file of weights")
 
 
 def check_data_path(args: argparse.Namespace) -> None:

@@ -87,8 +87,6 @@ def log_accuracy(stats: dict, name: str = "the network") -> None:
 def export(args: Flags, path: Path, checkpoint: dict) -> None:
     """Write the checkpoint at `path` in timm's format, with class names and a model card."""
     model, names, _ = load_student(args, checkpoint)
-    if hasattr(model, "set_distilled_training"):
-        model.set_distilled_training(False)
     stored = stored_args(checkpoint)
     command = " ".join(["python main.py", *to_arg_lines(Flags(**stored))]) if stored else ""
     export_model(

@@ -27,10 +27,10 @@ FLAGS = [
     # paths
     ("--data-set IMNET", "--data-set IMNET needs --data-path, .* not None"),
     (f"{IMNET} {{empty}}/x", "--data-set IMNET needs --data-path, .* not .*empty/x"),
-    ("--resume {empty}/x.pth", "--resume .*x.pth does not exist"),
-    ("--resume {empty}", "empty is a folder: give a file"),
-    ("--finetune {empty}/x.pth", "--finetune .*x.pth does not exist"),
-    (f"{DISTIL} --teacher-path x.pth", "--teacher-path x.pth does not exist"),
+    ("--resume {empty}/x.pth", "--resume .*x.pth is not a file: give a file"),
+    ("--resume {empty}", "empty is not a file: give a file"),
+    ("--finetune {empty}/x.pth", "--finetune .*x.pth is not a file"),
+    (f"{DISTIL} --teacher-path x.pth", "--teacher-path x.pth is not a file"),
     ("@no_such.args", "no_such.args"),
     # numbers
     ("--batch-size 0", r"--batch-size: expected a whole number in \[1, inf\), got 0"),

@@ -178,6 +178,7 @@ def test_a_checkpoint_of_the_original_exports(tmp_path):
         file = export(tmp_path / "checkpoint.pth", tmp_path / "out", *flags)
         model = timm.create_model(DEIT, checkpoint_path=str(file), num_classes=3, **KWARGS)
         torch.testing.assert_close(model.state_dict(), weights, rtol=0, atol=0)
+        assert "**Recipe:** epochs 3\n" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_refused_export_leaves_no_file(tmp_path):

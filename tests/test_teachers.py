@@ -8,7 +8,7 @@ from families import FAMILIES, VIT, build, images, mae_file
 from timm.data import ImageNetInfo
 
 from builders import build_student, build_teacher
-from flags import complete_teacher, get_args_parser, parse_args
+from flags import complete_args, complete_teacher, get_args_parser, parse_args
 from utils import UserError
 
 CLASSES = ["n02979186", "n01440764", "n03000684"]  # of Imagenette, not in the order of ImageNet
@@ -116,7 +116,7 @@ def test_a_teacher_is_the_model_of_its_run_unless_named(flags, expected):
     """With its arguments, which do not go with another model."""
     stored = {"model": "vit_tiny_patch16_224", "model_kwargs": {"depth": 3}}
     args = parse_args(["--data-set", "GRATINGS", "--distillation-type", *map(str, LOGITS), *flags])
-    args = complete_teacher(args, stored)
+    args = complete_teacher(complete_args(args, {}), stored)
     assert (args.teacher_model, args.teacher_kwargs) == expected
 
 
