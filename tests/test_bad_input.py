@@ -28,8 +28,7 @@ FLAGS = [
     ("--data-set IMNET", "--data-set IMNET needs --data-path, .* not None"),
     (f"{IMNET} {{empty}}/x", "--data-set IMNET needs --data-path, .* not .*empty/x"),
     ("--resume {empty}/x.pth", "--resume .*x.pth is not a file: give a file"),
-    ("--resume {empty}", "empty is not a file: give a file"),
-    ("--finetune {empty}/x.pth", "--finetune .*x.pth is not a file"),
+    ("--finetune {empty}", "--finetune .*empty is not a file"),
     (f"{DISTIL} --teacher-path x.pth", "--teacher-path x.pth is not a file"),
     ("@no_such.args", "no_such.args"),
     # numbers
@@ -116,7 +115,6 @@ WITH_A_MODEL = [
     ("--eval --resume {teacher}", f"weights do not fit {DEIT}"),
     (f"--eval --finetune {{teacher}} {CAIT} --num-classes 30", "its head has 24 classes"),
     ("--input-size 30", f"{DEIT} with images of 30 pixels|30 pixels"),
-    (f"{KWARGS} features_only=True", "timm cannot build deit_tiny_patch16_224: "),
     (f"{KWARGS} global_pool=", f"timm cannot build {DEIT}: .*global_pool"),
     ("--model resnet18 --model-kwargs channels=(8,8,8,16) --batch-size 1", "--batch-size 1: resnet18 has BatchNorm"),
     ("--model resnet18 --model-kwargs channels=(8,8,8,16) --attn-only", "resnet18 has no attention blocks"),
@@ -130,10 +128,6 @@ WITH_A_MODEL = [
     (f"{DISTIL} --t-id 0 1 6", r"--t-id: block id 6 is out of range: .* ids 0..5"),
     (f"{DISTIL} {KWARGS} patch_drop_rate=0.5", "--s-id: .* drops tokens in training.* set patch_drop_rate to 0"),
     (f"{DISTIL} {HIERA}", "--s-id: block 0 of Hiera has no map: .*not in raster order"),
-    (
-        f"{DISTIL} --s-id 0 1 2 --model pit_ti_224 --input-size 64 --model-kwargs",
-        "pit_ti_224 .*: block 0 .* has no map: it returns a tuple",
-    ),
     (f"{DISTIL} --model deit_tiny_distilled_patch16_224 --no-train-mode", "--no-train-mode cannot train the two heads"),
 ]
 
