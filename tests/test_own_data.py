@@ -17,9 +17,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import analyze
-import main
 import tables
-from flags import key_values, parse_args
+from flags import key_values
 
 # What is added to the README's commands, so that they take seconds on a CPU.
 ON_CPU = ["--device", "cpu", "--num_workers", "0"]
@@ -60,19 +59,18 @@ def outputs(digits):
         return [execute(*shlex.split(command, comments=True)) for command in commands]
 
 
-def execute(python, program, *words):
+def execute(_, program, *words):
     """Run a command in this process, with the flags of ADDED, and return what it prints."""
     added = next((flags for word, flags in ADDED.items() if word in words), "")
     words = [*words, *shlex.split(added)]
-    if "Output/*" in words:
-        words = sorted(glob.glob("Output/*"))
+    words = sorted(glob.glob("Output/*")) if "Output/*" in words else words
+    programs = {
+        "main.py": run,
+        "analyze.py": lambda *words: analyze.main(analyze.get_args_parser().parse_args(words)),
+        "tables.py": lambda *words: tables.main(words),
+    }
     with contextlib.redirect_stdout(io.StringIO()) as output:
-        if program == "main.py":
-            main.main(parse_args(words))
-        elif program == "analyze.py":
-            analyze.main(analyze.get_args_parser().parse_args(words))
-        else:
-            assert (python, program, tables.main(words)) == ("python", "tables.py", 0)
+        programs[program](*words)
     return output.getvalue()
 
 
