@@ -8,13 +8,12 @@ from typing import Any, cast
 
 import timm
 import torch
-from safetensors.torch import save_file
 from timm.models import PretrainedCfg
-from timm.models._hub import save_config_for_hf
+from timm.models._hub import save_for_hf
 from torch import nn
 
 import utils
-from weights import model_config
+from weights import model_config, stored_args
 
 CARD = """\
 ---
@@ -74,57 +73,38 @@ def export_model(
     if config.get("fixed_input_size"):
         args.setdefault("img_size", input_size)
     labels = {"label_names": list(classes)} if classes else {}
-    folder = Path(folder)
     details = "\n".join(f"- **{name}:** {value}" for name, value in (facts or {}).items())
+    card = CARD.format(title=Path(folder).resolve().name, details=details, architecture=config["architecture"])
     with utils.as_user_error(f"cannot export to {folder}: ", Exception):
         model.pretrained_cfg = PretrainedCfg(**config, num_classes=cast(int, model.num_classes)).to_dict()
-        folder.mkdir(parents=True, exist_ok=True)
-        # like timm's save_for_hf, which needs a huggingface_hub that fits this release of timm
-        config_path: Any = folder / "config.json"  # timm 1.0.11 needs a Path, which later type hints do not list
-        save_config_for_hf(model, config_path, model_config=labels, model_args=args)
-        save_file(model.state_dict(), folder / "model.safetensors")
-        card = CARD.format(title=folder.resolve().name, details=details, architecture=config["architecture"])
-        utils.write_atomically(folder / "README.md", lambda file: file.write(card.encode()))
+        save_for_hf(model, str(folder), model_config=labels, model_args=args, safe_serialization=True)
+        (Path(folder) / "README.md").write_text(card, encoding="utf-8")
 
 
-def card_facts(
-    args: Mapping[str, Any],
-    log: str | Path | None = None,
-    *,
-    epoch: int | None = None,
-    ema: bool = False,
-    command: str = "",
-) -> dict[str, str]:
+def card_facts(checkpoint: Mapping[str, Any], log: Path, *, ema: bool = False, command: str = "") -> dict[str, str]:
     """Return the entries of a model card: accuracy, recipe, teacher, command line and versions.
 
     Args:
-        args: the run's flags by name.
-        log: the run's log.txt, which has the accuracy.
-        epoch: the epoch whose weights are exported; None if it is unknown, and with it the accuracy.
+        checkpoint: the exported checkpoint, with its epoch and the flags of its run.
+        log: the run's log.txt, which has the accuracy, or a file that does not exist.
         ema: the exported weights are the moving average.
         command: the command line that repeats the run.
     """
+    args = {**stored_args(checkpoint), "world_size": checkpoint.get("world_size")}
     facts = {}
-    accuracy = _read_log(log, epoch, "test_ema_acc" if ema else "test_acc")
-    if accuracy:
-        facts["Accuracy"] = f"{accuracy} on {args.get('data_set')}, epoch {epoch}"
+    stats = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
+    metric = "test_ema_acc" if ema else "test_acc"
+    for line in stats:
+        if line["epoch"] == checkpoint.get("epoch") and f"{metric}1" in line:
+            accuracy = f"top-1 {line[f'{metric}1']:.2f}%, top-5 {line[f'{metric}5']:.2f}%"
+            facts["Accuracy"] = f"{accuracy} on {args.get('data_set')}, epoch {line['epoch']}"
     facts["Weights"] = "moving average" if ema else "as trained"
     recipe = ("epochs", "input_size", "batch_size", "accum_steps", "world_size", "opt", "lr", "weight_decay", "sched")
     facts["Recipe"] = ", ".join(f"{key.replace('_', ' ')} {args[key]}" for key in recipe if args.get(key) is not None)
     if args.get("distillation_type", "none") != "none":
-        pairs = zip(args.get("s_id", []), args.get("t_id", []), strict=False)
-        blocks = ", ".join(f"{student} <- {teacher}" for student, teacher in pairs)
-        blocks = f"; blocks {blocks}" if blocks else ""
+        blocks = f"; student blocks {args['s_id']}, teacher blocks {args['t_id']}" if args.get("s_id") else ""
         facts["Teacher"] = f"{args['teacher_model']} ({args['distillation_type']} distillation{blocks})"
     if command:
         facts["Command line"] = f"`{command}`"
     facts["Versions"] = f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}"
     return facts
-
-
-def _read_log(path: str | Path | None, epoch: int | None, metric: str) -> str:
-    """Return the accuracies that log.txt has for an epoch, or an empty string."""
-    text = Path(path).read_text(encoding="utf-8") if path and Path(path).is_file() else ""
-    stats = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
-    found = next((line for line in stats if line["epoch"] == epoch), {})
-    return ", ".join(f"top-{k} {found[f'{metric}{k}']:.2f}%" for k in (1, 5) if f"{metric}{k}" in found)

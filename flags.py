@@ -9,7 +9,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from parsing import KeyValues, Parser, number, stored_kwargs
 from parsing import key_values as key_values  # for callers of this module
@@ -19,13 +19,18 @@ DATA_SETS = ("IMNET", "CIFAR", "INAT", "INAT19", "GRATINGS")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 DTYPES = ("float16", "bfloat16", "float32")
 FEATURE_LOSSES = ("spectral", "mse", "mse_plain", "manifold", "projector", "projector_trained")
-SMALL_IMAGE = 32  # up to this size, DeiT crops the whole image with a border of 4 pixels
 
 
 class Flags(argparse.Namespace):
     """The flags of a run; `given` is the set of those on the command line, by name."""
 
     __slots__ = ("given",)  # kept out of vars()
+
+    def replace(self, **changes: Any) -> "Flags":
+        """Return a copy with other values."""
+        copy = Flags(**vars(self) | changes)
+        copy.given = self.given
+        return copy
 
 
 def block_id(text: str) -> int | str:
@@ -214,8 +219,7 @@ def complete_args(args: Flags, stored: dict) -> Flags:
     taken = {name: stored[name] for name in FROM_CHECKPOINT if name in stored and name not in args.given}
     if "model_kwargs" in taken:
         taken["model_kwargs"] = stored_kwargs(taken["model_kwargs"])
-    completed = Flags(**vars(args) | taken)
-    completed.given = args.given
+    completed = args.replace(**taken)
     check_data_path(completed)
     return completed
 
@@ -226,9 +230,7 @@ def complete_teacher(args: Flags, stored: dict) -> Flags:
     if model is None or ("teacher_model" in args.given and args.teacher_model != model):
         return args
     kwargs = args.teacher_kwargs if "teacher_kwargs" in args.given else stored_kwargs(stored.get("model_kwargs", {}))
-    completed = Flags(**vars(args) | {"teacher_model": model, "teacher_kwargs": kwargs})
-    completed.given = args.given
-    return completed
+    return args.replace(teacher_model=model, teacher_kwargs=kwargs)
 
 
 def to_arg_lines(args: argparse.Namespace) -> list[str]:
@@ -271,8 +273,6 @@ def check_modes(args: argparse.Namespace) -> None:
         raise UserError("--resume sets the weights: leave out --finetune and --pretrained")
     if args.resume == "auto" and not args.output_dir:
         raise UserError("--resume auto needs --output_dir: give the folder of the run")
-    if args.real_labels and not args.eval:
-        raise UserError("--real-labels needs --eval: it has no effect on training")
     if args.eval_ema and not args.eval and not args.model_ema:
         raise UserError("--eval-ema evaluates the EMA, which --no-model-ema turns off: give one")
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") not in ("", "0")
@@ -287,8 +287,7 @@ def check_paths(args: argparse.Namespace) -> None:
     teacher_path = args.teacher_path if args.distillation_type != "none" and not args.eval else ""
     for flag, path in (("resume", args.resume), ("finetune", args.finetune), ("teacher-path", teacher_path)):
         if path and path != "auto" and "://" not in path and not Path(path).is_file():
-            found = "is a folder" if Path(path).is_dir() else "does not exist"
-            raise UserError(f"--{flag} {path} {found}: give a file of weights")
+            raise UserError(f"--{flag} {path} is not a file: give a file of weights")
 
 
 def check_data_path(args: argparse.Namespace) -> None:
@@ -332,13 +331,6 @@ def check_optimization(args: Flags) -> None:
 
 def check_augmentation(args: Flags) -> None:
     """Check the flags of augmentation."""
-    if args.ThreeAugment and "aa" in args.given:
-        raise UserError("--aa and --ThreeAugment cannot be combined: give one")
-    small = args.input_size <= SMALL_IMAGE and not args.ThreeAugment
-    if args.train_interpolation == "random" and (args.src or small):
-        raise UserError("--train-interpolation random needs DeiT's random resized crop: give bicubic or bilinear")
-    if args.cutmix_minmax and (args.cutmix or args.cutmix_minmax[0] >= args.cutmix_minmax[1]):
-        raise UserError("--cutmix-minmax expects a lower and an upper limit, and no --cutmix")
     if mixup_active(args) and args.batch_size % 2:
         raise UserError(f"--mixup and --cutmix mix pairs of images: give an even --batch-size, not {args.batch_size}")
     if args.bce_loss and args.smoothing > 0:

@@ -11,11 +11,10 @@ from torch import nn
 import utils
 from weights import model_config
 
-# How timm reads the config.json of models from each source; older releases have no local-dir.
-CONFIG_READERS: dict[str, Any] = {
-    "hf-hub": timm.models.load_model_config_from_hf,
-    "local-dir": getattr(timm.models._hub, "load_model_config_from_path", None),
-}
+# How timm reads the config.json of models from each source.
+CONFIG_READERS: dict[str, Any] = {"hf-hub": timm.models.load_model_config_from_hf}
+if hasattr(timm.models._hub, "load_model_config_from_path"):  # not in older releases
+    CONFIG_READERS["local-dir"] = timm.models._hub.load_model_config_from_path
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -30,16 +29,14 @@ def check_name(name: str) -> None:
     `hf-hub:owner/name` and `local-dir:FOLDER` are accepted as well, if the installed timm supports them.
     """
     source, identifier = split_name(name)
+    if source and source not in CONFIG_READERS:
+        raise utils.UserError(f"model {name}: this timm has no {source} models, only {', '.join(CONFIG_READERS)}")
+    if not source and not timm.is_model(identifier):
+        near = difflib.get_close_matches(identifier, timm.list_models(), n=3, cutoff=0.5)
+        raise utils.UserError(f"timm has no model {name}: try {' or '.join(near) or 'one of timm.list_models()'}")
     if not source:
-        if not timm.is_model(identifier):
-            near = difflib.get_close_matches(identifier, timm.list_models(), n=3, cutoff=0.5)
-            raise utils.UserError(f"timm has no model {name}: try {' or '.join(near) or 'one of timm.list_models()'}")
         with utils.as_user_error("", RuntimeError):
             timm.models.get_pretrained_cfg(identifier)
-    elif source not in CONFIG_READERS or (source == "hf-hub" and identifier.count("/") != 1):
-        raise utils.UserError(f"model {name}: expected a name of timm, hf-hub:owner/name or local-dir:FOLDER")
-    elif CONFIG_READERS[source] is None:
-        raise utils.UserError(f"model {name}: timm {timm.__version__} has no {source}: models: install a newer timm")
 
 
 def pretrained_config(name: str) -> dict[str, Any]:
@@ -66,6 +63,5 @@ def class_names(model: nn.Module, name: str, pretrained: bool, num_classes: int)
         subset = infer_imagenet_subset(config)
         names = ImageNetInfo(subset).label_names() if subset else None
     if isinstance(names, Mapping):  # {"0": name}, from JSON
-        names = {int(index): label for index, label in names.items()}
-        names = [names[index] for index in sorted(names)]
+        names = [names[index] for index in sorted(names, key=int)]
     return list(names) if names and len(names) == num_classes else None

@@ -54,15 +54,14 @@ def build_model(
     check_name(name)
     config = pretrained_config(name)
     options = {"drop_rate": drop, "drop_path_rate": drop_path, **(kwargs or {})}
-    if not config.get("fixed_input_size"):
-        return _create(name, num_classes, pretrained, options)
-    options.setdefault("img_size", input_size)
-    if not pretrained or options["img_size"] in (None, config["input_size"][-1]):
-        return _create(name, num_classes, pretrained, options)
-    # timm resamples position embeddings of pretrained weights only for some families.
-    model = _create(name, num_classes, False, options)
-    del options["img_size"]
-    load_weights(model, _create(name, num_classes, True, options).state_dict())
+    resample = False
+    if config.get("fixed_input_size"):
+        options.setdefault("img_size", input_size)
+        resample = pretrained and options["img_size"] not in (None, config["input_size"][-1])
+    model = _create(name, num_classes, pretrained and not resample, options)
+    if resample:  # timm resamples position embeddings of pretrained weights only for some families
+        del options["img_size"]
+        load_weights(model, _create(name, num_classes, True, options).state_dict())
     return model
 
 
@@ -71,15 +70,13 @@ def _create(name: str, num_classes: int | None, pretrained: bool, options: Mappi
     timm_name = f"{source}:{identifier}" if source else identifier
     create = partial(timm.create_model, timm_name, pretrained=pretrained, num_classes=num_classes)
     with utils.as_user_error(f"timm cannot build {name}: ", Exception):
-        if options.get("features_only"):
-            raise ValueError("features_only returns feature maps, but logits are needed: leave it out")
         try:
             model = create(**options)
         except TypeError:  # only building shows whether a family has dropout and stochastic depth
             off = {key for key in ("drop_rate", "drop_path_rate") if not options.get(key)}
             model = create(**{key: value for key, value in options.items() if key not in off})
-        if num_classes and _gives_map(model):
-            raise ValueError("without global_pool it returns a map, but logits are needed: choose one, such as avg")
+        if options.get("features_only") or (num_classes and _gives_map(model)):
+            raise ValueError("it returns maps, but logits are needed: leave out features_only and an empty global_pool")
     if not getattr(model, "pretrained_cfg", None):  # registered by the user without a config
         layers = [(key, m.out_features) for key, m in model.named_modules() if isinstance(m, nn.Linear)]
         layers = [(key, width) for key, width in layers if num_classes in (None, width)]

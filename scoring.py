@@ -32,8 +32,6 @@ def load_student(args: Flags, checkpoint: dict | None) -> tuple[nn.Module, list[
         with as_user_error(f"{what}: ", UserError):
             weights = extract_weights(source, ema=args.eval_ema)
             count = count or models.count_classes(args.model, weights, source.get("classes"))
-    elif args.eval_ema:
-        raise UserError("--eval-ema: timm's pretrained weights have no EMA: leave it out")
     model = build_student(args, count)
     if args.pretrained and model.num_classes != models.model_config(model)["num_classes"]:
         raise UserError("--pretrained with --num-classes would score an untrained head: leave out --num-classes")
@@ -69,15 +67,11 @@ def score(args: Flags, model: nn.Module, names, what: str, dataset, loader, scor
 
 def real_labels(source: str, files: list[str], sampler: Iterable[int]) -> RealLabelsImagenet:
     """Return timm's counter of ReaL accuracy (arXiv 2006.07159) for the images of this rank, in the sampler's order."""
-    try:
+    need = "expected one entry for each image of ImageNet's validation set under its name, ILSVRC2012_val_00000001.JPEG"
+    with as_user_error(f"--real-labels {source}: {need}: ", Exception):
         real = RealLabelsImagenet(files, real_json=None if source == "timm" else source)
-        unknown = [file for file in files if Path(file).name not in real.real_labels]
-    except (OSError, ValueError) as error:
-        raise UserError(f"--real-labels {source}: {utils.one_line(error)}") from error
-    except AssertionError:
-        raise UserError(f"--real-labels {source}: expected one entry for each of the {len(files)} images") from None
-    if unknown:
-        raise UserError(f"--real-labels: {unknown[0]} has no ImageNet name, such as ILSVRC2012_val_00000001.JPEG")
+        if unknown := {Path(file).name for file in files} - set(real.real_labels):
+            raise ValueError(f"found {min(unknown)}")
     real.filenames = [files[i] for i in sampler]
     return real
 
@@ -93,8 +87,6 @@ def log_accuracy(stats: dict, name: str = "the network") -> None:
 def export(args: Flags, path: Path, checkpoint: dict) -> None:
     """Write the checkpoint at `path` in timm's format, with class names and a model card."""
     model, names, _ = load_student(args, checkpoint)
-    if hasattr(model, "set_distilled_training"):
-        model.set_distilled_training(False)
     stored = stored_args(checkpoint)
     command = " ".join(["python main.py", *to_arg_lines(Flags(**stored))]) if stored else ""
     export_model(
@@ -104,12 +96,6 @@ def export(args: Flags, path: Path, checkpoint: dict) -> None:
         crop_ratio=args.eval_crop_ratio,
         classes=names,
         model_args=args.model_kwargs,
-        facts=card_facts(
-            stored | {"world_size": checkpoint.get("world_size")},
-            path.parent / "log.txt",
-            epoch=checkpoint.get("epoch"),
-            ema=args.eval_ema,
-            command=command,
-        ),
+        facts=card_facts(checkpoint, path.parent / "log.txt", ema=args.eval_ema, command=command),
     )
     log(f"wrote {args.export}: config.json, model.safetensors and README.md")

@@ -3,13 +3,11 @@
 import argparse
 import hashlib
 import math
-import pickletools
 import re
 import sys
 import textwrap
 import zipfile
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path, PurePath
 from typing import Any, Literal, cast
 from urllib.parse import urlparse
@@ -73,15 +71,15 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        refused = named[1] if named else _first_global(path)
-        if refused:
-            raise utils.UserError(
-                f"{path} contains {refused}, which is not plain data: save only tensors and plain types"
-            ) from None
-        raise utils.UserError(f"{path} is not a valid checkpoint: expected a file of torch.save") from None
+        reason = "is not a valid checkpoint: expected a file of torch.save"
+        if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            reason = f"contains {refused[1]}, which is not plain data: save only tensors and plain types"
+        raise utils.UserError(f"{path} {reason}") from None
     if not isinstance(checkpoint, dict):
         raise utils.UserError(f"{path} contains a {type(checkpoint).__name__}, not a checkpoint: expected a dict")
+    classes = checkpoint.get("classes") or []
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise utils.UserError(f"{path}: 'classes' must be a list of names: mend or delete it")
     return checkpoint
 
 
@@ -107,18 +105,6 @@ def _verify_archive(path: Path) -> None:
             raise ValueError(f"bad checksum in {damaged}")
 
 
-def _first_global(path: Path) -> str | None:
-    """Return the first class or function that a plain pickle refers to, or None, without executing anything."""
-    strings: list[str] = []
-    with open(path, "rb") as file, suppress(Exception):
-        for opcode, argument, _ in pickletools.genops(file):
-            if opcode.name == "STACK_GLOBAL":
-                return ".".join(strings[-2:])
-            if isinstance(argument, str):
-                strings.append(argument)
-    return None
-
-
 def stored_args(checkpoint: dict) -> dict:
     """Return the flags of the run that wrote a checkpoint, by name; {} if it has none."""
     args = checkpoint.get("args")
@@ -131,9 +117,7 @@ def extract_weights(checkpoint: Mapping[str, Any], *, ema: bool = False) -> dict
     Raises:
         UserError: there are no weights, or `ema` is set and there is no moving average.
     """
-    names = (
-        ("model_ema", "state_dict_ema") if ema else ("model", "state_dict", "model_state_dict", "model_state", "net")
-    )
+    names = ["model_ema", "state_dict_ema"] if ema else ["model", "state_dict", "model_state_dict", "net"]
     found = [checkpoint[name] for name in names if isinstance(checkpoint.get(name), Mapping)]
     if ema and not any(found):
         raise utils.UserError("the checkpoint has no moving average: use its weights instead")
@@ -180,9 +164,10 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, head: Liter
     Raises:
         UserError: the weights do not fit.
     """
-    own = model.state_dict()
-    with utils.as_user_error(f"the weights do not fit {model_config(model)['architecture']}: ", Exception):
-        _check_distilled(weights, own)
+    own, config = model.state_dict(), model_config(model)
+    with utils.as_user_error(f"the weights do not fit {config['architecture']}: ", Exception):
+        if ("dist_token" in weights) != ("dist_token" in own):
+            raise ValueError("only the file or only the model is a distilled DeiT (dist_token): choose the other model")
         # In each family's module, timm gives this name to the converter of older layouts and other image sizes.
         original = weights
         convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
@@ -191,23 +176,14 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, head: Liter
         renamed = {key: re.sub(r"\.gamma_([12])$", r".ls\1.gamma", key) for key in weights.keys() - own.keys()}
         weights = {renamed.get(key, key): value for key, value in weights.items()}
         _resample_position_embedding(weights, own)
-        notes = _match_heads(weights, own, head_names(model_config(model)), head == "fresh")
+        notes = [_match_heads(weights, own, head_names(config), head == "fresh")]
         if head == "fresh":
-            notes += _leave_out(weights, own, {"mask_token"} & original.keys())
+            notes.append(_leave_out(weights, own, {"mask_token"} & original.keys()))
         try:
             model.load_state_dict(weights)
         except RuntimeError as error:  # it lists all tensors
             raise ValueError(textwrap.shorten(str(error), 300)) from error
-    return "; ".join(notes)
-
-
-def _check_distilled(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Raise a ValueError if either the file or the model, but not both, is a distilled DeiT."""
-    kinds = ["distilled" if "dist_token" in keys else "plain" for keys in (weights, own)]
-    if kinds[0] != kinds[1]:
-        raise ValueError(
-            f"the file is for a {kinds[0]} DeiT (dist_token), but the model is {kinds[1]}: choose the other model"
-        )
+    return "; ".join(filter(None, notes))
 
 
 def _resample_position_embedding(weights: dict[str, Tensor], own: Mapping[str, Tensor]) -> None:
@@ -222,35 +198,27 @@ def _resample_position_embedding(weights: dict[str, Tensor], own: Mapping[str, T
     ).view_as(ours)
 
 
-def _match_heads(
-    weights: dict[str, Tensor], own: Mapping[str, Tensor], heads: tuple[str, ...], fresh: bool
-) -> list[str]:
-    """Put the model's own head into `weights` if the file's does not fit; return a list with a note about it, or [].
-
-    Raises:
-        ValueError: the file's head does not fit and no fresh one is allowed.
-    """
+def _match_heads(weights: dict[str, Tensor], own: Mapping[str, Tensor], heads: tuple[str, ...], fresh: bool) -> str:
+    """Put the model's own head into `weights` if the file's does not fit and `fresh` allows it; return a note of it."""
     layers = [f"{head}.weight" for head in heads]
     ours, theirs = (next((len(each[layer]) for layer in layers if layer in each), None) for each in (own, weights))
     if ours in (None, theirs) or (theirs is None and not fresh):  # load_state_dict names missing tensors
-        return []
+        return ""
     if not fresh:
         raise ValueError(f"its head has {theirs} classes, but {ours} are needed")
-    # This covers the head's modules, MAE's norm after pooling, and any further head for as many classes.
-    roots = tuple(f"{head.partition('.')[0]}." for head in (*heads, "fc_norm"))
+    roots = tuple(f"{head.partition('.')[0]}." for head in (*heads, "fc_norm"))  # with MAE's norm after pooling
     for key, tensor in own.items():
-        missing = key not in weights and key.startswith(roots)
-        if missing or (key in weights and tensor.shape[:1] == (ours,) and weights[key].shape[:1] == (theirs,)):
+        if key.startswith(roots) and (key not in weights or weights[key].shape != tensor.shape):
             weights[key] = tensor
     found = "the file has no head" if theirs is None else f"the file's head has {theirs} classes, not {ours}"
-    return [f"{found}; a fresh head is trained"]
+    return f"{found}; a fresh head is trained"
 
 
-def _leave_out(weights: dict[str, Tensor], own: Mapping[str, Tensor], converted: set[str]) -> list[str]:
-    """Remove what only pre-training needs; return a list with a note of it and of what timm removed, or []."""
+def _leave_out(weights: dict[str, Tensor], own: Mapping[str, Tensor], converted: set[str]) -> str:
+    """Remove what only pre-training needs; return a note of it and of what timm removed."""
     pattern = PRETRAINING_ONLY if "norm.weight" in own else f"({PRETRAINING_ONLY}|norm\\.)"
     left_out = [key for key in weights.keys() - own.keys() if re.match(pattern, key)]
     for key in left_out:
         del weights[key]
     names = sorted({key.partition(".")[0] for key in left_out} | (converted - own.keys()))
-    return [f"left out of the file: {', '.join(names)}"] if names else []
+    return f"left out of the file: {', '.join(names)}" if names else ""

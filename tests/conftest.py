@@ -1,9 +1,7 @@
-"""Shared by the test files: one thread, tiny models and images, and ways to run the program."""
+"""Shared by the test files: one thread, tiny models and images, and flags of short runs."""
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -36,16 +34,12 @@ def distil(teacher_file, *more):
     ]
 
 
-def run_main(*flags, processes=0, timeout=120):
-    """Run main.py as a program, with `processes` under torch.distributed.run, and return the completed process."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
-    return subprocess.run(
-        [sys.executable, *launcher, str(ROOT / "main.py"), *map(str, flags)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+def run(*flags):
+    """Run main in this process and return what it returns."""
+    import main
+    from flags import parse_args
+
+    return main.main(parse_args(list(map(str, flags))))
 
 
 def jpeg_folder(root, classes=("ant", "bee"), splits=("train", "val"), images=4, size=(40, 30)):

@@ -10,46 +10,32 @@ from conftest import ROOT
 
 import analyze
 import baselines
-import datasets
 import flags
 import spectral
 import tables
-from builders import optimizer_kwargs, scheduler_kwargs
 
 # What each module may import of ours; new modules get a row. Imports go downwards only.
-PARTS = {"engine", "losses", "spectral", "datasets", "samplers", "models", "kernels", "students"}
-PARTS |= {"baselines", "checkpoint", "weights", "faults", "flags", "parsing", "utils"}
-MAY_IMPORT = {
-    "main": PARTS | {"builders", "loaders", "scoring"},
-    "scoring": PARTS | {"builders", "export"},
-    "demo": {"main", "analyze", "tables", "faults", "flags"},
-    "verify": PARTS | {"builders", "analyses", "tables"},
-    "analyze": {"builders", "plots", "analyses", *PARTS} - {"engine", "losses"},
-    "builders": PARTS | {"loaders"},
-    "export": {"models", "model_names", "weights", "utils"},
-    "engine": {"utils"},
-    "losses": {"spectral"},
-    "baselines": {"spectral"},
-    "spectral": {"kernels"},
-    "datasets": {"gratings", "loaders", "utils"},
-    "loaders": {"utils"},
-    "gratings": set(),
-    "samplers": {"utils"},
-    "models": {"kernels", "students", "model_names", "weights", "utils"},
-    "model_names": {"weights", "utils"},
-    "students": set(),
-    "kernels": set(),
-    "analyses": {"spectral"},
-    "checkpoint": {"weights", "utils"},
-    "weights": {"utils"},
-    "faults": {"utils"},
-    "flags": {"parsing", "utils"},
-    "parsing": {"utils"},
-    "tables": {"plots", "runs"},
-    "runs": {"flags", "parsing"},
-    "plots": set(),
-    "utils": set(),
+PARTS = "engine losses spectral datasets samplers models kernels students baselines checkpoint weights faults flags"
+PARTS += " parsing utils"
+ROWS = {
+    "main": f"{PARTS} builders loaders scoring",
+    "demo": "main analyze tables faults flags",
+    "verify": f"{PARTS} builders analyses tables",
+    "scoring": f"{PARTS} builders export",
+    "analyze": f"{PARTS} builders plots analyses",
+    "builders": f"{PARTS} loaders",
+    "models": "kernels students model_names weights utils",
+    "datasets": "gratings loaders utils",
+    "tables": "plots runs",
+    "runs": "flags parsing",
+    "export model_names checkpoint": "weights utils",
+    "losses baselines analyses": "spectral",
+    "spectral": "kernels",
+    "flags": "parsing utils",
+    "engine loaders samplers weights faults parsing": "utils",
+    "utils gratings students kernels plots": "",
 }
+MAY_IMPORT = {module: set(row.split()) for modules, row in ROWS.items() for module in modules.split()}
 # What only these modules do without: a table needs no torch, the method needs no timm.
 WITHOUT = {
     "torch": {"flags", "parsing", "runs", "tables", "plots"},
@@ -57,8 +43,8 @@ WITHOUT = {
     "torchvision": set(MAY_IMPORT) - {"datasets"},
 }
 # The argparse Namespace ends here; everything else takes plain values.
-WIRING = {"main", "builders", "scoring", "checkpoint"}
-READS_ARGS = WIRING | {"flags", "analyze", "verify", "tables", "runs", "demo"}  # with command lines of their own
+READS_ARGS = {"main", "builders", "scoring", "checkpoint"}
+READS_ARGS |= {"flags", "analyze", "verify", "tables", "runs", "demo"}  # with command lines of their own
 MODULES = {path.stem: ast.parse(path.read_text()) for path in ROOT.glob("*.py")}
 DOCUMENTS = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
 # Of torchrun, docker, tensorboard, tables.py, recipes/sweep.py and DeiT.
@@ -75,12 +61,6 @@ def imports(tree):
             yield node.module.partition(".")[0]
 
 
-def attributes_of_args(tree):
-    """Return the names that a module reads as `args.name`."""
-    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)]
-    return {node.attr for node in nodes if node.value.id == "args"}
-
-
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_a_module_imports_only_what_the_table_allows(module):
     found = set(imports(MODULES[module]))
@@ -95,51 +75,30 @@ def test_the_engine_knows_no_distillation_mode():
 
 def test_the_namespace_ends_in_the_wiring():
     plain = {"append", "get", "items", "setdefault"}  # other things are called args, too
-    assert {name for name, tree in MODULES.items() if attributes_of_args(tree) - plain} <= READS_ARGS
-
-
-def test_every_flag_is_read():
-    """By WIRING or by timm's factories; a look in the checks of flags.py does not count."""
-
-    class Recorder:
-        def __init__(self, args):
-            self.args, self.read = args, set()
-
-        def __getattr__(self, name):
-            self.read.add(name)
-            return getattr(self.args, name)
-
-    recorder = Recorder(flags.get_args_parser().parse_args([]))
-    optimizer_kwargs(recorder), scheduler_kwargs(recorder)
-    read = recorder.read.union(*(attributes_of_args(MODULES[name]) for name in WIRING))
-    known = {action.dest for action in flags.get_args_parser()._actions}
-    assert known - read == {"help", "local_rank", "world_size"}  # DeiT has the last one
+    for module in set(MODULES) - READS_ARGS:
+        for node in ast.walk(MODULES[module]):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args":
+                assert node.attr in plain, f"{module}.py reads args.{node.attr}"
 
 
 def test_the_choices_of_flags_are_those_of_the_modules():
     """flags.py cannot import them, because they import torch."""
-    assert flags.SMALL_IMAGE == datasets.SMALL_IMAGE
     assert set(flags.FEATURE_LOSSES) == {"spectral", *baselines.PAIR_LOSSES, *baselines.PROJECTORS}
     choices = {action.dest: action.choices for action in flags.get_args_parser()._actions}
     assert set(choices["spectral_impl"]) == set(spectral.SPECTRAL_IMPLEMENTATIONS)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_files_named_in_a_document_exist(document):
+def test_files_and_flags_named_in_a_document_exist(document):
     text = document.read_text()
     named = {*re.findall(r"`([\w./-]+\.(?:py|md|args|slurm|sh))`", text), *re.findall(r"@(recipes/\S+\.args)", text)}
     links = {(document.parent / link).resolve() for link in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", text)}
     missing = {name for name in named if not (ROOT / name).exists()}
     missing |= {str(path.relative_to(ROOT)) for path in links if not path.exists()}
     assert missing <= {"run.args"}
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_flags_named_in_a_document_exist(document):
     parsers = (flags.get_args_parser(), analyze.get_args_parser(), tables.get_args_parser())
     known = {name for parser in parsers for action in parser._actions for name in action.option_strings}
-    named = set(re.findall(r"(?<![\w-])--\w[\w-]*", document.read_text()))
-    assert named - known <= FLAGS_OF_OTHERS
+    assert set(re.findall(r"(?<![\w-])--\w[\w-]*", text)) - known <= FLAGS_OF_OTHERS
 
 
 MISTAKES = ["--help", "--lr nan", "--distillation-type soft", "--data-path missing", "@missing.args"]

@@ -1,4 +1,4 @@
-"""The five commands of the README take a folder of images to a table: here handwritten digits and tiny models."""
+"""Own data, loops and models as in the README: here handwritten digits and tiny models."""
 
 import contextlib
 import glob
@@ -11,19 +11,18 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ROOT
+from conftest import ROOT, distil, run, tiny_run
+from families import build, mae_file
 from PIL import Image
 from sklearn.datasets import load_digits
 
 import analyze
-import main
 import tables
-from flags import key_values, parse_args
-
-pytestmark = pytest.mark.slow
+from flags import key_values
 
 # What is added to the README's commands, so that they take seconds on a CPU.
-CPU = "--device cpu --num_workers 0 --input-size 32"
+ON_CPU = ["--device", "cpu", "--num_workers", "0"]
+CPU = f"{shlex.join(ON_CPU)} --input-size 32"
 TRAIN = f"{CPU} --epochs 4 --batch-size 16 --unscale-lr --lr 0.004 --warmup-epochs 0"
 TRAIN += " --aa none --color-jitter 0 --reprob 0 --no-repeated-aug"
 WIDE, NARROW = (f"layers=(1,1,1,1) channels={channels}" for channels in ("(16,16,32,32)", "(8,8,16,16)"))
@@ -60,26 +59,30 @@ def outputs(digits):
         return [execute(*shlex.split(command, comments=True)) for command in commands]
 
 
-def execute(python, program, *words):
+def execute(_, program, *words):
     """Run a command in this process, with the flags of ADDED, and return what it prints."""
     added = next((flags for word, flags in ADDED.items() if word in words), "")
     words = [*words, *shlex.split(added)]
-    if "Output/*" in words:
-        words = sorted(glob.glob("Output/*"))
+    words = sorted(glob.glob("Output/*")) if "Output/*" in words else words
+    programs = {
+        "main.py": run,
+        "analyze.py": lambda *words: analyze.main(analyze.get_args_parser().parse_args(words)),
+        "tables.py": lambda *words: tables.main(words),
+    }
     with contextlib.redirect_stdout(io.StringIO()) as output:
-        if program == "main.py":
-            main.main(parse_args(words))
-        elif program == "analyze.py":
-            analyze.main(analyze.get_args_parser().parse_args(words))
-        else:
-            assert (python, program, tables.main(words)) == ("python", "tables.py", 0)
+        programs[program](*words)
     return output.getvalue()
 
 
+@pytest.mark.slow
 def test_the_readme_gets_from_images_to_a_table(outputs):
+    """It suggests pairs as flags of the next command, and names a default that does not fit."""
     assert len(re.findall(r"^\| .*resnet18", outputs[4], re.MULTILINE)) == 3, outputs[4]
+    assert re.search(r"^--s-id( \d+){4} --t-id( \d+){4}$", outputs[1], re.MULTILINE)
+    assert "an EMA decay of 0.99996 is too slow for 120 steps: try --model-ema-decay 0.9167" in outputs[0]
 
 
+@pytest.mark.slow
 def test_teacher_and_student_learn_handwritten_digits(outputs, digits):
     for name in ("teacher", "spectral", "soft_kd"):
         lines = map(json.loads, (digits / "Output" / name / "log.txt").read_text().splitlines())
@@ -87,10 +90,7 @@ def test_teacher_and_student_learn_handwritten_digits(outputs, digits):
         assert best > 30, f"{name}: {best} %, where chance is 10 %"
 
 
-def test_suggestions_are_flags_of_the_next_command(outputs):
-    assert re.search(r"^--s-id( \d+){4} --t-id( \d+){4}$", outputs[1], re.MULTILINE)
-
-
+@pytest.mark.slow
 def test_the_control_differs_in_the_feature_loss_alone(outputs, digits):
     spectral, control = (
         json.loads((digits / f"Output/{name}/args.json").read_text()) for name in ("spectral", "soft_kd")
@@ -98,5 +98,52 @@ def test_the_control_differs_in_the_feature_loss_alone(outputs, digits):
     assert {name for name in spectral if spectral[name] != control[name]} == {"w_fft", "output_dir"}
 
 
-def test_the_run_names_defaults_that_do_not_fit(outputs):
-    assert re.search(r"an EMA decay of 0.99996 is too slow for \d+ steps: try --model-ema-decay 0.", outputs[0])
+def test_finetune_takes_a_self_supervised_file(tmp_path, capsys):
+    torch.save({"model": mae_file(build("vit_tiny_patch16_224", input_size=32))}, tmp_path / "mae.pth")
+    kwargs = ["--model-kwargs", "embed_dim=24", "depth=2", "num_heads=3"]
+    run(*tiny_run("--model", "vit_tiny_patch16_224", *kwargs, "--finetune", tmp_path / "mae.pth", "--dry-run"))
+    note = "the file has no head; a fresh head is trained; left out of the file: decoder_blocks, decoder_pos_embed"
+    assert f"--finetune: {note}, mask_token\n" in capsys.readouterr().out
+
+
+def test_the_snippet_of_the_readme_runs(monkeypatch):
+    """It runs with narrower models of the same depth and without the download."""
+    create = timm.create_model
+    narrow = {"embed_dim": 24, "num_heads": 2}
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False: create(name, **narrow))
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names = {}
+    exec(snippet, names)
+    assert names["loss"].item() > 0
+    names["loss"].backward()
+    assert names["student"].blocks[11].mlp.fc2.weight.grad.abs().sum() > 0
+    assert names["teacher"].blocks[23].mlp.fc2.weight.grad is None
+
+
+MY_MODELS = """
+import torchvision
+from timm.models import register_model
+
+@register_model
+def my_resnet18(pretrained=False, num_classes=1000, **kwargs):
+    model = torchvision.models.resnet18(num_classes=num_classes)
+    model.feature_info = [dict(module=f"layer{i + 1}", num_chs=64 * 2**i, reduction=4 * 2**i) for i in range(4)]
+    return model
+"""
+
+
+@pytest.mark.slow
+def test_a_model_of_the_users_module_is_distilled(teacher_file, tmp_path, monkeypatch, capsys):
+    """It is trained, evaluated from its checkpoint and analyzed."""
+    (tmp_path / "my_models.py").write_text(MY_MODELS)
+    monkeypatch.chdir(tmp_path)
+    own = ["--import", "my_models"]
+    flags = tiny_run("--model", "my_resnet18", "--model-kwargs", "--no-model-ema", *distil(teacher_file), *own)
+    run(*flags, "--s-id", 0, 3, "--t-id", 0, 5, "--output_dir", tmp_path / "out")
+    assert "layer4 [512, 1, 1] <- teacher blocks.5 [48, 4, 4]" in capsys.readouterr().out
+    stats = run("--eval", "--resume", tmp_path / "out/checkpoint.pth", *own, *ON_CPU)
+    line = json.loads((tmp_path / "out/log.txt").read_text())
+    assert stats["acc1"] == pytest.approx(line["test_acc1"])
+    words = ["--checkpoint", str(tmp_path / "out"), *own, *ON_CPU, "--num-images", "4"]
+    analyze.main(analyze.get_args_parser().parse_args(words))
+    assert "my_resnet18" in capsys.readouterr().out
