@@ -44,7 +44,7 @@ def build_datasets(args: argparse.Namespace):
     dataset_val = build("val", transform, args.gratings_sizes[1])
     if args.eval:
         return None, dataset_val
-    with as_user_error(f"--aa {args.aa}: ", Exception):
+    with as_user_error(f"--aa {args.aa} with --train-interpolation {args.train_interpolation}: ", Exception):
         transform = datasets.train_transform(
             args.input_size,
             aa=None if args.aa.lower() in ("", "none") else args.aa,
@@ -113,7 +113,8 @@ def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
 
 def build_student(args: argparse.Namespace, num_classes: int | None) -> nn.Module:
     """Build the student on the CPU, with random weights, timm's or a file's, for the kind of distillation."""
-    with utils.rank_zero_first() if args.pretrained else contextlib.nullcontext():
+    hint = "--pretrained (weights can also come from a file, --finetune): " if args.pretrained else ""
+    with utils.rank_zero_first() if args.pretrained else contextlib.nullcontext(), as_user_error(hint, UserError):
         model = models.build_model(
             args.model,
             num_classes,

@@ -259,6 +259,8 @@ def train_transform(
     )
     small = input_size <= SMALL_IMAGE and not three_augment  # as for CIFAR in DeiT: a crop of the whole image
     if small or simple_crop:
+        if interpolation == "random":
+            raise ValueError("random interpolation needs DeiT's random resized crop: choose bicubic or bilinear")
         resize = transforms.Resize(input_size, str_to_interp_mode(interpolation))
         crop = transforms.RandomCrop(input_size, padding=4, padding_mode="reflect" if simple_crop else "constant")
         transform.transforms[0] = transforms.Compose([resize, crop])

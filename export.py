@@ -97,10 +97,15 @@ def card_facts(checkpoint: Mapping[str, Any], log: Path, *, ema: bool = False, c
     for line in stats:
         if line["epoch"] == checkpoint.get("epoch") and f"{metric}1" in line:
             accuracy = f"top-1 {line[f'{metric}1']:.2f}%, top-5 {line[f'{metric}5']:.2f}%"
-            facts["Accuracy"] = f"{accuracy} on {args.get('data_set')}, epoch {line['epoch']}"
+            data_set = args.get("data_set")
+            if data_set == "IMNET":  # any folder of images
+                data_set = Path(args["data_path"]).name
+            facts["Accuracy"] = f"{accuracy} on {data_set}, epoch {line['epoch']}"
     facts["Weights"] = "moving average" if ema else "as trained"
     recipe = ("epochs", "input_size", "batch_size", "accum_steps", "world_size", "opt", "lr", "weight_decay", "sched")
-    facts["Recipe"] = ", ".join(f"{key.replace('_', ' ')} {args[key]}" for key in recipe if args.get(key) is not None)
+    settings = [f"{key.replace('_', ' ')} {args[key]}" for key in recipe if args.get(key) is not None]
+    if settings:
+        facts["Recipe"] = ", ".join(settings)
     if args.get("distillation_type", "none") != "none":
         blocks = f"; student blocks {args['s_id']}, teacher blocks {args['t_id']}" if args.get("s_id") else ""
         facts["Teacher"] = f"{args['teacher_model']} ({args['distillation_type']} distillation{blocks})"

@@ -71,15 +71,15 @@ def add_data_flags(add) -> None:
     add("--data-path", help="folder of the data set; IMNET: train/ and val/ with one folder per class")
     add("--inat-category", default="name", choices=INAT_CATEGORIES, help="taxonomic level of the classes (INAT*)")
     size = number(int, 1, 10**8)
-    add("--gratings-sizes", nargs=2, type=size, default=[6000, 3000], help="GRATINGS images in train and val")
+    add("--gratings-sizes", nargs=2, type=size, default=[6000, 3000], help="number of GRATINGS images in train and val")
     add("--input-size", type=AT_LEAST_ONE, default=224, help="image size in pixels")
     add("--eval-crop-ratio", type=number(float, 0.01, 1), default=0.875, help="center crop ratio for evaluation")
     add("--batch-size", type=AT_LEAST_ONE, default=64, help="batch size per process")
     add("--num_workers", "--num-workers", type=COUNT, default=10, help="data loading workers per process")
     add("--pin-mem", action=ON_OFF, default=True, help="pin CPU memory in the data loader")
     add("--loader-timeout", type=NON_NEGATIVE, default=0, help="seconds to wait for a batch; 0: forever")
-    add("--skip-bad-images", type=COUNT, default=0, help="unreadable training images to replace, per process")
-    add("--repeated-aug", action=ON_OFF, default=True, help="an epoch has a third of the images, three times each")
+    add("--skip-bad-images", type=COUNT, default=0, help="number of unreadable training images to replace, per process")
+    add("--repeated-aug", action=ON_OFF, default=True, help="each epoch uses a third of the images, three times each")
 
 
 def add_student_flags(add) -> None:
@@ -102,9 +102,21 @@ def add_teacher_flags(add) -> None:
     add("--distillation-type", default="none", choices=("none", "fft", "soft", "hard"), help=help_text)
     add("--teacher-model", default="cait_s24_224", help="timm model of the teacher")
     add("--teacher-path", default="", help="teacher weights, a file or URL; default: timm's pretrained weights")
-    add("--teacher-kwargs", nargs="*", action=KeyValues, default={}, metavar="KEY=VALUE", help="its timm arguments")
+    add(
+        "--teacher-kwargs",
+        nargs="*",
+        action=KeyValues,
+        default={},
+        metavar="KEY=VALUE",
+        help="timm arguments of the teacher",
+    )
     kinds = ("auto", "timm", "eager", "triton")
-    add("--teacher-attention", default="auto", choices=kinds, help="attention of a CaiT or Swin teacher; auto: eager")
+    add(
+        "--teacher-attention",
+        default="auto",
+        choices=kinds,
+        help="attention of a CaiT or Swin teacher; eager: faster than timm's; triton: one GPU kernel; auto: eager",
+    )
     add("--teacher-dtype", default="float32", choices=DTYPES, help="dtype of the teacher: weights and maps")
     help_text = "weight of logit distillation; cross-entropy is weighted by 1 - alpha, also with fft"
     add("--distillation-alpha", type=FRACTION, default=0.5, help=help_text)
@@ -113,8 +125,8 @@ def add_teacher_flags(add) -> None:
     add("--s-id", nargs="+", type=block_id, default=[], help=help_text)
     add("--t-id", nargs="+", type=block_id, default=[], help="teacher blocks, one per student block, or all")
     add("--w-fft", type=NON_NEGATIVE, default=0.2, help="weight of the feature loss")
-    add("--distillation-beta", type=NON_NEGATIVE, default=1.0, help="another factor of the feature loss")
-    help_text = "feature loss; mse has the factor W/4K of the spectral loss, the others are from other papers"
+    add("--distillation-beta", type=NON_NEGATIVE, default=1.0, help="another factor of --w-fft")
+    help_text = "spectral: the paper's; mse: its control, MSE with the same weight; the others: of other papers"
     add("--feature-loss", default="spectral", choices=FEATURE_LOSSES, help=help_text)
     help_text = "how to compute the spectral loss; both give the same value, and closed is several times faster"
     add("--spectral-impl", default="closed", choices=("closed", "fft"), help=help_text)
@@ -135,12 +147,17 @@ def add_optimization_flags(add) -> None:
     add("--lr", type=NON_NEGATIVE, default=5e-4, help="learning rate for a global batch of 512")
     add("--unscale-lr", action="store_true", help="do not scale --lr with the global batch")
     add("--sched", default="cosine", help="timm scheduler")
-    add("--lr-noise", nargs="+", type=FRACTION, help="start, or start and end, of learning rate noise (0 to 1)")
+    add(
+        "--lr-noise",
+        nargs="+",
+        type=FRACTION,
+        help="start, or start and end, of learning rate noise, as parts of the run",
+    )
     add("--lr-noise-pct", type=INSIDE, default=0.67, help="largest relative noise")
     add("--lr-noise-std", type=NON_NEGATIVE, default=1.0, help="standard deviation of the noise")
     add("--warmup-lr", type=NON_NEGATIVE, default=1e-6, help="initial learning rate of the warm-up")
     add("--min-lr", type=NON_NEGATIVE, default=1e-5, help="lower bound of the schedule")
-    add("--decay-epochs", type=POSITIVE, default=30, help="epochs between decays (step) or of the last decay (wsd)")
+    add("--decay-epochs", type=POSITIVE, default=30, help="epochs between decays (step) or of the final decay (wsd)")
     add("--decay-rate", type=POSITIVE, default=0.1, help="decay factor (step, multistep) or power (poly)")
     add("--warmup-epochs", type=COUNT, default=5, help="warm-up epochs")
     add("--cooldown-epochs", type=COUNT, default=0, help="extra epochs at --min-lr (cosine, tanh, poly)")
@@ -190,7 +207,7 @@ def add_run_flags(group) -> None:
     add("--wandb", default="", metavar="PROJECT", help="also log to this Weights & Biases project (pip install wandb)")
     add("--local-rank", "--local_rank", type=from_old_launcher, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     add("--world_size", "--world-size", type=AT_LEAST_ONE, help="accepted because DeiT has it; has no effect")
-    add("--dist_url", "--dist-url", default="env://", help="where processes meet, for torch.distributed")
+    add("--dist_url", "--dist-url", default="env://", help="rendezvous URL of torch.distributed")
     add("--dist-timeout", type=POSITIVE, default=1800, help="seconds before a hung collective ends the job")
 
 
@@ -287,7 +304,7 @@ def check_paths(args: argparse.Namespace) -> None:
     teacher_path = args.teacher_path if args.distillation_type != "none" and not args.eval else ""
     for flag, path in (("resume", args.resume), ("finetune", args.finetune), ("teacher-path", teacher_path)):
         if path and path != "auto" and "://" not in path and not Path(path).is_file():
-            raise UserError(f"--{flag} {path} is not a file: give a file of weights")
+            raise UserError(f"--{flag} {path} is not a file: give a file of weights, such as model_best.pth")
 
 
 def check_data_path(args: argparse.Namespace) -> None:
@@ -295,7 +312,8 @@ def check_data_path(args: argparse.Namespace) -> None:
     if args.data_set == "GRATINGS" or args.export:
         return
     if not (args.data_path and Path(args.data_path).is_dir()):
-        raise UserError(f"--data-set {args.data_set} needs --data-path, the folder of its images, not {args.data_path}")
+        found = f"{args.data_path} is not a folder" if args.data_path else "is missing"
+        raise UserError(f"--data-path {found}: --data-set {args.data_set} needs the folder of its images")
 
 
 DISTILLATION_FLAGS = ("distillation_alpha", "distillation_tau", "teacher_model", "teacher_path", "teacher_kwargs")

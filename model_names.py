@@ -32,11 +32,19 @@ def check_name(name: str) -> None:
     if source and source not in CONFIG_READERS:
         raise utils.UserError(f"model {name}: this timm has no {source} models, only {', '.join(CONFIG_READERS)}")
     if not source and not timm.is_model(identifier):
-        near = difflib.get_close_matches(identifier, timm.list_models(), n=3, cutoff=0.5)
-        raise utils.UserError(f"timm has no model {name}: try {' or '.join(near) or 'one of timm.list_models()'}")
+        raise utils.UserError(f"timm has no model {name}: try {' or '.join(similar_names(identifier))}")
     if not source:
         with utils.as_user_error("", RuntimeError):
             timm.models.get_pretrained_cfg(identifier)
+
+
+def similar_names(name: str) -> list[str]:
+    """Return the three of timm's model names that begin most like this one."""
+
+    def similarity(other):
+        return difflib.SequenceMatcher(None, name, other[: len(name)]).ratio()
+
+    return sorted(timm.list_models(), key=similarity, reverse=True)[:3]
 
 
 def pretrained_config(name: str) -> dict[str, Any]:

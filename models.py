@@ -69,7 +69,7 @@ def _create(name: str, num_classes: int | None, pretrained: bool, options: Mappi
     source, identifier = split_name(name)
     timm_name = f"{source}:{identifier}" if source else identifier
     create = partial(timm.create_model, timm_name, pretrained=pretrained, num_classes=num_classes)
-    with utils.as_user_error(f"timm cannot build {name}: ", Exception):
+    with utils.as_user_error(f"timm cannot build {name}{' with its weights' * pretrained}: ", Exception):
         try:
             model = create(**options)
         except TypeError:  # only building shows whether a family has dropout and stochastic depth

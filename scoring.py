@@ -32,6 +32,8 @@ def load_student(args: Flags, checkpoint: dict | None) -> tuple[nn.Module, list[
         with as_user_error(f"{what}: ", UserError):
             weights = extract_weights(source, ema=args.eval_ema)
             count = count or models.count_classes(args.model, weights, source.get("classes"))
+    elif args.eval_ema:
+        raise UserError("--eval-ema: timm's pretrained weights have no EMA: leave it out")
     model = build_student(args, count)
     if args.pretrained and model.num_classes != models.model_config(model)["num_classes"]:
         raise UserError("--pretrained with --num-classes would score an untrained head: leave out --num-classes")

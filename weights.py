@@ -3,11 +3,13 @@
 import argparse
 import hashlib
 import math
+import pickletools
 import re
 import sys
 import textwrap
 import zipfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path, PurePath
 from typing import Any, Literal, cast
 from urllib.parse import urlparse
@@ -71,9 +73,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = "is not a valid checkpoint: expected a file of torch.save"
-        if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            reason = f"contains {refused[1]}, which is not plain data: save only tensors and plain types"
+        if refused := named[1] if named else _first_global(path):
+            reason = f"contains {refused}, which is not plain data: save only tensors and plain types"
         raise utils.UserError(f"{path} {reason}") from None
     if not isinstance(checkpoint, dict):
         raise utils.UserError(f"{path} contains a {type(checkpoint).__name__}, not a checkpoint: expected a dict")
@@ -103,6 +106,18 @@ def _verify_archive(path: Path) -> None:
         damaged = archive.testzip() or next(iter(folders), None)
         if damaged:
             raise ValueError(f"bad checksum in {damaged}")
+
+
+def _first_global(path: Path) -> str | None:
+    """Return the first class or function that a plain pickle refers to, or None, without executing anything."""
+    strings: list[str] = []
+    with open(path, "rb") as file, suppress(Exception):
+        for opcode, argument, _ in pickletools.genops(file):
+            if opcode.name == "STACK_GLOBAL":
+                return ".".join(strings[-2:])
+            if isinstance(argument, str):
+                strings.append(argument)
+    return None
 
 
 def stored_args(checkpoint: dict) -> dict:

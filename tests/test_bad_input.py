@@ -25,8 +25,8 @@ HIERA = "--input-size 64 --model hiera_tiny_224 --model-kwargs img_size=(64,64) 
 # These are found by the flags alone, before torch is imported.
 FLAGS = [
     # paths
-    ("--data-set IMNET", "--data-set IMNET needs --data-path, .* not None"),
-    (f"{IMNET} {{empty}}/x", "--data-set IMNET needs --data-path, .* not .*empty/x"),
+    ("--data-set IMNET", "--data-path is missing: --data-set IMNET needs the folder"),
+    (f"{IMNET} {{empty}}/x", "--data-path .*empty/x is not a folder: --data-set IMNET needs"),
     ("--resume {empty}/x.pth", "--resume .*x.pth is not a file: give a file"),
     ("--finetune {empty}", "--finetune .*empty is not a file"),
     (f"{DISTIL} --teacher-path x.pth", "--teacher-path x.pth is not a file"),
@@ -96,7 +96,7 @@ BEFORE_A_MODEL = [
     (f"{DISTIL} --teacher-model cait_s25_224", "no model cait_s25_224: try .*cait_s24_224"),
     ("--device gpu", "--device gpu: expected cuda, cuda:N or cpu"),
     ("--device cuda:99", r"--device cuda:99: this machine has \d+ GPUs, .* try --device cpu"),
-    ("--aa foo", "--aa foo: Unknown AA policy foo"),
+    ("--aa foo", "--aa foo.*: Unknown AA policy foo"),
     ("--import no_such_module", "^--import no_such_module: No module named 'no_such_module'$"),
 ]
 

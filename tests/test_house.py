@@ -13,6 +13,7 @@ import baselines
 import flags
 import spectral
 import tables
+from builders import optimizer_kwargs, scheduler_kwargs
 
 # What each module may import of ours; new modules get a row. Imports go downwards only.
 PARTS = "engine losses spectral datasets samplers models kernels students baselines checkpoint weights faults flags"
@@ -43,8 +44,8 @@ WITHOUT = {
     "torchvision": set(MAY_IMPORT) - {"datasets"},
 }
 # The argparse Namespace ends here; everything else takes plain values.
-READS_ARGS = {"main", "builders", "scoring", "checkpoint"}
-READS_ARGS |= {"flags", "analyze", "verify", "tables", "runs", "demo"}  # with command lines of their own
+WIRING = {"main", "builders", "scoring", "checkpoint"}
+READS_ARGS = WIRING | {"flags", "analyze", "verify", "tables", "runs", "demo"}  # with command lines of their own
 MODULES = {path.stem: ast.parse(path.read_text()) for path in ROOT.glob("*.py")}
 DOCUMENTS = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
 # Of torchrun, docker, tensorboard, tables.py, recipes/sweep.py and DeiT.
@@ -61,6 +62,12 @@ def imports(tree):
             yield node.module.partition(".")[0]
 
 
+def attributes_of_args(tree):
+    """Return the names that a module reads as `args.name`."""
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)]
+    return {node.attr for node in nodes if node.value.id == "args"}
+
+
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_a_module_imports_only_what_the_table_allows(module):
     found = set(imports(MODULES[module]))
@@ -75,10 +82,25 @@ def test_the_engine_knows_no_distillation_mode():
 
 def test_the_namespace_ends_in_the_wiring():
     plain = {"append", "get", "items", "setdefault"}  # other things are called args, too
-    for module in set(MODULES) - READS_ARGS:
-        for node in ast.walk(MODULES[module]):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args":
-                assert node.attr in plain, f"{module}.py reads args.{node.attr}"
+    assert {name for name, tree in MODULES.items() if attributes_of_args(tree) - plain} <= READS_ARGS
+
+
+def test_every_flag_is_read():
+    """By WIRING or by timm's factories; a look in the checks of flags.py does not count."""
+
+    class Recorder:
+        def __init__(self, args):
+            self.args, self.read = args, set()
+
+        def __getattr__(self, name):
+            self.read.add(name)
+            return getattr(self.args, name)
+
+    recorder = Recorder(flags.get_args_parser().parse_args([]))
+    optimizer_kwargs(recorder), scheduler_kwargs(recorder)
+    read = recorder.read.union(*(attributes_of_args(MODULES[name]) for name in WIRING))
+    known = {action.dest for action in flags.get_args_parser()._actions}
+    assert known - read == {"help", "local_rank", "world_size"}  # DeiT has the last one
 
 
 def test_the_choices_of_flags_are_those_of_the_modules():

@@ -105,16 +105,11 @@ def pickle_file(object, path):
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize(
-    ("write", "message"),
-    [
-        (torch_file, "contains posix.mkdir, which is not plain data"),
-        (functools.partial(torch_file, zipped=False), "contains posix.mkdir, which is not plain data"),
-        (pickle_file, "is not a valid checkpoint: expected a file of torch.save"),
-    ],
+    "write", [torch_file, functools.partial(torch_file, zipped=False), pickle_file], ids=["zip", "torch", "pickle"]
 )
-def test_a_foreign_class_is_not_executed(write, message, tmp_path):
+def test_a_foreign_class_is_named_and_not_executed(write, tmp_path):
     write(Evil(tmp_path / "owned"), tmp_path / "file.pth")
-    with pytest.raises(utils.UserError, match=f"file.pth {message}"):
+    with pytest.raises(utils.UserError, match=r"file\.pth contains posix.mkdir, which is not plain data"):
         load_checkpoint(tmp_path / "file.pth")
     assert not (tmp_path / "owned").exists()
 
