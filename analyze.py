@@ -17,7 +17,7 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +160,8 @@ def split_source(source: str) -> tuple[str | None, str]:
     model, _, path = source.partition(":")
     if Path(source).exists() or path.startswith("//"):
         return None, source
+    if model in ("hf-hub", "local-dir"):
+        model, path = source, ""
     with as_user_error(f"{model} is neither a file nor a folder, and ", UserError):
         models.check_name(model)
     return model, path
@@ -301,18 +303,28 @@ def log_milestones(subjects: list[Subject]) -> None:
         utils.log(f"{subject.name:<11}{''.join(f'{value:>8.3g}' for value in subject.curves['intensity'])}")
 
 
-def suggest(args: argparse.Namespace, student_blocks: list[dict], teacher: Subject) -> dict:
+def pair_chooser(args: argparse.Namespace, teacher: Subject) -> Callable[[list[float]], tuple[list, list]]:
+    """Return a function: intensity of the teacher's blocks -> (student ids, teacher ids)."""
+    student = models.build_model(args.student, None, input_size=None, kwargs=args.student_kwargs)
+    with as_user_error("--student: ", ValueError):
+        described = spectral.describe_blocks(student), teacher.blocks
+    reductions = [[block["reduction"] for block in blocks] for blocks in described]
+    choose = functools.partial(analyses.suggest_pairs, student=reductions[0], teacher=reductions[1])
+    with as_user_error("--suggest: ", ValueError):
+        choose([0.0] * len(teacher.blocks), num_pairs=args.suggest)  # are there enough blocks?
+    return functools.partial(choose, num_pairs=args.suggest)
+
+
+def suggest(args: argparse.Namespace, choose: Callable[[list[float]], tuple[list, list]], teacher: Subject) -> dict:
     """Choose pairs, and print them with the curve on which they are based."""
     intensity = teacher.curves["intensity_corrected"].tolist()
-    student, taught = ([block["reduction"] for block in blocks] for blocks in (student_blocks, teacher.blocks))
-    with as_user_error("--suggest: ", ValueError):
-        s_id, t_id = analyses.suggest_pairs(intensity, student, taught, args.suggest)
+    s_id, t_id = choose(intensity)
     utils.log(f"\n{teacher.name} teaches {args.student}: intensity x sqrt(C) of the teacher's blocks, and pairs")
     for i, value in enumerate(intensity):
         partner = f"  <- student {s_id[t_id.index(i)]}" if i in t_id else ""
         utils.log(f"{i:>5} {value:>10.4g}  {'#' * round(40 * value / max(intensity)):<40}{partner}".rstrip())
     share = sum(intensity[i] for i in t_id) / sum(intensity)
-    utils.log(f"Of all choices from both ends, these {len(t_id)} have the largest sum: {share:.1%} of the total.")
+    utils.log(f"Of all ways to take {len(t_id)} blocks from the two ends, these have the largest sum ({share:.1%}).")
     utils.log(f"--s-id {' '.join(map(str, s_id))} --t-id {' '.join(map(str, t_id))}")
     return {"student": args.student, "teacher": teacher.name, "s_id": s_id, "t_id": t_id}
 
@@ -361,10 +373,7 @@ def main(args: argparse.Namespace) -> None:
     sources = sources_of(args)
     ahead = 1 if args.milestones else len(sources)  # milestones are loaded one at a time, other models checked first
     subjects = [read_subject(*source, args) for source in sources[:ahead]]
-    if args.suggest:
-        student = models.build_model(args.student, None, input_size=None, kwargs=args.student_kwargs)
-        with as_user_error("--student: ", ValueError):
-            student_blocks = spectral.describe_blocks(student)
+    choose = pair_chooser(args, subjects[0]) if args.suggest else None
     dataset, data = build_data(args, subjects)
     folder = Path(args.output_dir)
     with as_user_error(f"--output_dir {folder} cannot be written: ", OSError):
@@ -380,7 +389,7 @@ def main(args: argparse.Namespace) -> None:
             log_curves(subject)
         if args.ranks:
             log_ranks(subject)
-    pairs = suggest(args, student_blocks, subjects[0]) if args.suggest else None
+    pairs = suggest(args, choose, subjects[0]) if choose else None
     if not args.output_dir:
         return
     with as_user_error(f"--output_dir {folder}: ", OSError):

@@ -279,6 +279,7 @@ BAD = {
     "two sources": ("--compare a={bare} --checkpoint {bare}", "--checkpoint: not allowed with argument --compare"),
     "which model": ("--checkpoint {bare}", "does not name its model"),
     "empty folder": ("--checkpoint {empty}", r"empty/checkpoint\.pth is not a file"),
+    "other source": ("--compare a=local-dir:{empty}", "model local-dir:.*empty: "),
     "no EMA": (f"--model {NAME} --checkpoint {{bare}} --ema", "bare.pth: the checkpoint has no"),
     "other model": ("--compare a=resnet18:{bare}", "a: the weights do not fit resnet18"),
     "not finite": (f"{TINY} --checkpoint {{nan}}", "features are not finite"),

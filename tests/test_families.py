@@ -80,8 +80,8 @@ def rows():
     for name in filter(timm.is_model, MODELS):
         family = timm.models.model_entrypoint(name).__module__.rsplit(".", 1)[1]
         working, reason = examine(name)
-        ids = " ".join(map(str, working)) or "none"
-        found[family] = f"| {family} | {name} | {ids if reason else f'0..{working[-1]}'} | {reason} |"
+        ids = (" ".join(map(str, working)) or "none") if reason else "all"
+        found[family] = f"| {family} | {name} | {ids} | {reason} |"
     return found
 
 
