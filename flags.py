@@ -102,21 +102,10 @@ def add_teacher_flags(add) -> None:
     add("--distillation-type", default="none", choices=("none", "fft", "soft", "hard"), help=help_text)
     add("--teacher-model", default="cait_s24_224", help="timm model of the teacher")
     add("--teacher-path", default="", help="teacher weights, a file or URL; default: timm's pretrained weights")
-    add(
-        "--teacher-kwargs",
-        nargs="*",
-        action=KeyValues,
-        default={},
-        metavar="KEY=VALUE",
-        help="timm arguments of the teacher",
-    )
+    add("--teacher-kwargs", nargs="*", action=KeyValues, default={}, metavar="KEY=VALUE", help="teacher's arguments")
     kinds = ("auto", "timm", "eager", "triton")
-    add(
-        "--teacher-attention",
-        default="auto",
-        choices=kinds,
-        help="attention of a CaiT or Swin teacher; eager: faster than timm's; triton: one GPU kernel; auto: eager",
-    )
+    help_text = "attention of a CaiT or Swin teacher; eager: faster than timm's; triton: one GPU kernel; auto: eager"
+    add("--teacher-attention", default="auto", choices=kinds, help=help_text)
     add("--teacher-dtype", default="float32", choices=DTYPES, help="dtype of the teacher: weights and maps")
     help_text = "weight of logit distillation; cross-entropy is weighted by 1 - alpha, also with fft"
     add("--distillation-alpha", type=FRACTION, default=0.5, help=help_text)
@@ -147,12 +136,7 @@ def add_optimization_flags(add) -> None:
     add("--lr", type=NON_NEGATIVE, default=5e-4, help="learning rate for a global batch of 512")
     add("--unscale-lr", action="store_true", help="do not scale --lr with the global batch")
     add("--sched", default="cosine", help="timm scheduler")
-    add(
-        "--lr-noise",
-        nargs="+",
-        type=FRACTION,
-        help="start, or start and end, of learning rate noise, as parts of the run",
-    )
+    add("--lr-noise", nargs="+", type=FRACTION, help="start (and end) of learning rate noise, as parts of the run")
     add("--lr-noise-pct", type=INSIDE, default=0.67, help="largest relative noise")
     add("--lr-noise-std", type=NON_NEGATIVE, default=1.0, help="standard deviation of the noise")
     add("--warmup-lr", type=NON_NEGATIVE, default=1e-6, help="initial learning rate of the warm-up")
