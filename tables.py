@@ -240,7 +240,7 @@ def main(argv: list[str] | None = None) -> int:
 
         try:
             draw = plots.draw_rows if args.vary else plots.draw_training
-            draw(rows).savefig(args.plot)
+            draw(rows).savefig(args.plot, bbox_inches="tight")  # with the whole legend
         except (OSError, ValueError) as error:
             warn(f"error: --plot {args.plot}: {getattr(error, 'strerror', None) or error}")
             return 2
