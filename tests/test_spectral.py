@@ -81,6 +81,11 @@ def test_outputs_with_other_channels_are_refused(deit):
         deit(images())
 
 
+def test_a_model_without_feature_info_is_refused():
+    with pytest.raises(ValueError, match=r"Linear has no map of any block: .*no feature_info"):
+        FeatureHooks(torch.nn.Linear(2, 2), [0])
+
+
 @torch.no_grad()
 def test_pop_returns_and_forgets_the_latest_forward(deit):
     hooks, none = FeatureHooks(deit, [1, 2]), FeatureHooks(deit)
