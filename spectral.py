@@ -337,12 +337,7 @@ class SpectralProfile:
         rms: root mean square of the features.
         spectrum: (C,), see `layerwise_spectrum`.
         radial_frequency, radial_power: (R,), in cycles per token and squared units, see `radial_average`.
-
-        Raises:
-            RuntimeError: no maps were added.
         """
-        if not self.num_images:
-            raise RuntimeError("no maps were added")
         means = {name: total.cpu() / self.num_images for name, total in self._sums.items()}
         intensity = means["spectrum"].mean()
         frequency, power = radial_average(means["power"])

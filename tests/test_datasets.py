@@ -321,7 +321,7 @@ def test_random_crops_are_interpolated_as_asked(interpolation, value):
 
 @pytest.mark.parametrize(
     ("size", "tolerance"),  # PIL rounds the position of a part
-    [((500, 375), 0), ((333, 500), 0), ((64, 64), 0), ((1, 255), 0), ((3000, 40), 0), ((1798, 7), 2), ((2, 3001), 2)],
+    [((500, 375), 0), ((333, 500), 0), ((1, 255), 0), ((1798, 7), 2), ((2, 3001), 2)],
 )
 @pytest.mark.parametrize(
     ("input_size", "ratio", "resized"), [(224, 0.875, 256), (64, 0.875, 73), (65, 0.96, 67), (32, 0.875, 32)]

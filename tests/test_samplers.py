@@ -27,7 +27,7 @@ def test_ra_deals_the_indices_of_the_original():
         assert sum(indices) == case["sum"]
 
 
-@pytest.mark.parametrize("size", [4, 5, 6, 17, 100, 255, 256, 300, 600])
+@pytest.mark.parametrize("size", [4, 17, 255, 256, 600])
 @pytest.mark.parametrize("replicas", [1, 2, 3, 4])
 def test_ra_follows_its_definition(size, replicas):
     """Three copies of each image side by side, of which rank r takes every n-th from r on, and whole small epochs."""
@@ -76,7 +76,7 @@ def test_blocks_need_a_third_of_the_decodes(replicas, batch, strided):
     assert decodes(block=batch) <= (batch + 4) / 3 / batch  # a block may begin and end within the copies of an image
 
 
-@pytest.mark.parametrize("size", range(18))
+@pytest.mark.parametrize("size", [0, 1, 5, 12, 17])
 @pytest.mark.parametrize("replicas", [1, 2, 3, 4])
 def test_every_sample_is_in_exactly_one_shard(size, replicas):
     shards = [ShardSampler(range(size), replicas, rank) for rank in range(replicas)]
