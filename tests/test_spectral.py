@@ -31,7 +31,8 @@ MODELS = {
     "deit_tiny_distilled_patch16_224": DEPTH,
     "vit_small_patch14_reg4_dinov2": DEPTH | {"embed_dim": 24, "num_heads": 3, "img_size": (56, 84)},
     "cait_s24_224": DEPTH,
-    "swin_tiny_patch4_window7_224": {"depths": (1, 1, 2, 1)},
+    # As many channels as rows, so that only the model's layout tells NHWC from NCHW.
+    "swin_tiny_patch4_window7_224": {"depths": (1, 1, 2, 1), "embed_dim": 16, "num_heads": (1, 2, 4, 8)},
     "convnext_atto": {},
     "resnet18": {},
     "regnety_160": {},
