@@ -75,7 +75,7 @@ def test_a_checkpoint_fills_in_what_is_not_given(tmp_path):
     for kwargs in ({}, old):
         found = vars(complete_args(args, stored | kwargs))
         assert {name: found[name] for name in stored} == stored | {"input_size": 96, "lr": args.lr}
-    with pytest.raises(UserError, match="--data-path gone is not a folder"):
+    with pytest.raises(utils.UserError, match="--data-path gone is not a folder"):
         complete_args(args, stored | {"data_path": "gone"})
 
 
