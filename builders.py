@@ -340,7 +340,7 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, criterion: nn.Mo
     options = optimizer_kwargs(args) | {"lr": args.lr if args.unscale_lr else args.lr * global_batch / 512}
     if args.opt == "adamw":
         options["fused"] = True  # reads the scaler's result on the device; other optimizers wait for it at every step
-    with as_user_error(f"--opt {args.opt}: ", Exception):
+    with as_user_error(f"--opt {args.opt} with these --opt-* flags: ", Exception):
         optimizer = create_optimizer_v2(model, **options)
     trained = [parameter for parameter in criterion.parameters() if parameter.requires_grad]
     if trained:

@@ -370,15 +370,14 @@ class CheckpointFolder:
             raise UserError(f"no checkpoint in {self.folder} is valid: restore one, or use --overwrite to start over")
         return None, None
 
-    def repair_best(self, path: Path, checkpoint: dict) -> None:
+    def repair_best(self, checkpoint: dict) -> None:
         """Make model_best.pth the best epoch again after a resume, or warn that its weights are lost."""
         best, epoch = checkpoint.get("best_epoch", -1), checkpoint["epoch"]
         target = self.folder / self.BEST
-        inside = path.parent.resolve() == self.folder.resolve()
-        if rank() != 0 or best < 0 or not inside or (target.exists() and _progress(target)[0] == best):
+        if rank() != 0 or best < 0 or (target.exists() and _progress(target)[0] == best):
             return
         if epoch == best and not checkpoint.get("step"):
-            copy_file(path, target)
+            utils.write_atomically(target, lambda file: _save(checkpoint, file))
         else:
             self.best_lost = best
             log(f"warning: the weights of the best epoch, {best}, are not in {self.BEST}")

@@ -223,12 +223,16 @@ def _signal_when_parent_ends(number: int) -> None:
 # The launcher
 
 
-def end_with_launcher(grace: float = 4.0) -> None:
-    """Under torchrun, end within 5 seconds of the launcher, after a SIGTERM that lets the run save its state."""
+def end_with_launcher(launcher: int, grace: float = 4.0) -> None:
+    """Under torchrun, end within 5 seconds of the launcher, after a SIGTERM that lets the run save its state.
+
+    `launcher` is the parent's process id when this process started: the parent may have ended during slow imports.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
-    launcher = os.getppid()
     _signal_when_parent_ends(signal.SIGTERM)
+    if os.getppid() != launcher:
+        os._exit(1)
 
     def watch():
         while os.getppid() == launcher:

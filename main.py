@@ -1,8 +1,11 @@
 """Train a student by spectral feature matching, evaluate it or export it. `main` reads from top to bottom."""
 
+import os
+
 from flags import Flags, complete_args, complete_teacher, get_args_parser, parse_args, parse_or_exit, to_arg_lines
 
 if __name__ == "__main__":  # before the slow imports, so that --help and errors in the flags appear at once
+    LAUNCHER = os.getppid()
     ARGS = parse_or_exit()
 
 import contextlib
@@ -10,7 +13,6 @@ import datetime
 import functools
 import itertools
 import math
-import os
 import resource
 import time
 from pathlib import Path
@@ -115,7 +117,7 @@ def main(args: Flags) -> dict | None:
     if checkpoint is not None:
         state.load(checkpoint, args)
         if folder is not None:
-            folder.repair_best(path, checkpoint)
+            folder.repair_best(checkpoint)
         del checkpoint  # as large as the model and its optimizer
     if args.start_epoch is not None:
         state.start_epoch(args.start_epoch)
@@ -296,9 +298,9 @@ def dry_run(args: Flags, state: TrainState, train, loader, device: torch.device,
 
 
 @record
-def run(args: Flags) -> None:
-    """Run the program; `record` reports unexpected errors to torchrun."""
-    faults.end_with_launcher()
+def run(args: Flags, launcher: int) -> None:
+    """Run the program; `record` reports unexpected errors to torchrun. `launcher` is the id of the parent process."""
+    faults.end_with_launcher(launcher)
     user_errors = datasets.BadImageError, LoaderError
     # Twice, because a signal may arrive at the end of the inner block, before it handles an error.
     with faults.exit_codes(*user_errors), faults.exit_codes(*user_errors):
@@ -307,4 +309,4 @@ def run(args: Flags) -> None:
 
 
 if __name__ == "__main__":
-    run(ARGS)
+    run(ARGS, LAUNCHER)

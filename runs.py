@@ -23,12 +23,14 @@ DEFAULTS = vars(flags.get_args_parser().parse_args([]))
 NEUTRAL = {
     *("output_dir", "resume", "start_epoch", "overwrite", "save_every", "eval", "eval_ema", "export", "dry_run"),
     *("dist_eval", "dist_url", "dist_timeout", "device", "num_workers", "pin_mem", "loader_timeout", "compile", "seed"),
-    *("spectral_impl", "skip_bad_images", "model_ema_force_cpu", "patience_epochs", "deterministic"),
+    *("spectral_impl", "skip_bad_images", "model_ema_force_cpu", "patience_epochs", "deterministic", "wandb"),
+    *("import_module", "teacher_attention"),
     *("world_size", "batch_size", "accum_steps"),  # only their product matters
     "spectra_every",  # of version 0.1
 }
 FEATURE = ["s_id", "t_id", "feature_loss", "batch_per_process"]
-TEACHER = ["teacher_model", "teacher_path", "teacher_kwargs", "distillation_alpha", "distillation_tau", "w_fft"]
+TEACHER = ["teacher_model", "teacher_path", "teacher_kwargs", "teacher_dtype", "distillation_alpha"]
+TEACHER += ["distillation_tau", "w_fft"]
 # Settings that a published result does not depend on or state; the number of parameters implies the classes.
 NOT_PUBLISHED = ["data_path", "inat_category", "gratings_sizes", "num_classes", "teacher_path"]
 NOT_PUBLISHED += ["model_ema", "model_ema_decay"]

@@ -122,7 +122,7 @@ def tabulate(runs: list[Run], vary: list[str]) -> list[dict]:
         return row["data_set"], run.folder not in teaching, model, kind, row["done"] is False, run.name
 
     def by_varied(row):  # numbers, then text; None counts as zero
-        return [(isinstance(value, str), value or 0) for value in row["varied"].values()]
+        return [(isinstance(value, str), 0 if value is None else value) for value in row["varied"].values()]
 
     rows = sorted([make_row(group) for group in groups.values()], key=order)
     add_gains(rows)

@@ -12,6 +12,7 @@ Each run has its own folder, named after its values. Run this script from the ro
 import argparse
 import itertools
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -47,6 +48,14 @@ def commands(
         yield [*launcher, "main.py", f"@{recipe}", *more, *flags, "--output_dir", str(folder), "--resume", "auto"]
 
 
+def run(command: list[str]) -> int:
+    """Run a command and return its exit code; a signal to stop leaves it the time to save and end."""
+    process = subprocess.Popen(command)
+    signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the command as well
+    signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number))
+    return process.wait()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the commands or run them in turn; return the exit code of the first run that fails, or 0."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -61,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv[:split])
     for command in commands(args.recipe, args.vary, args.output, args.processes, argv[split + 1 :]):
         print(shlex.join(["python", *command]), flush=True)
-        if args.run and (code := subprocess.run([sys.executable, *command], check=False).returncode):
+        if args.run and (code := run([sys.executable, *command])):
             print(f"this run ended with exit code {code}: repeat the sweep to continue from here", file=sys.stderr)
             return code
     return 0

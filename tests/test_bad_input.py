@@ -118,7 +118,8 @@ WITH_A_MODEL = [
     (f"{KWARGS} global_pool=", f"timm cannot build {DEIT}: .*global_pool"),
     ("--model resnet18 --model-kwargs channels=(8,8,8,16) --batch-size 1", "--batch-size 1: resnet18 has BatchNorm"),
     ("--model resnet18 --model-kwargs channels=(8,8,8,16) --attn-only", "resnet18 has no attention blocks"),
-    ("--opt adamwww", "--opt adamwww: "),
+    ("--opt adamwww", "--opt adamwww with these --opt-\\* flags: "),
+    ("--opt-betas 0.9", "--opt adamw with these --opt-\\* flags: "),
     ("--sched cosinus", "--sched cosinus: "),
     # distillation
     (f"{DISTIL} --teacher-model {DEIT}", f"--teacher-path .*weights do not fit {DEIT}"),

@@ -261,6 +261,26 @@ def test_processes_end_within_five_seconds_of_the_launcher(tmp_path):
     assert_all_end(processes)
 
 
+def test_processes_end_if_the_launcher_is_killed_while_they_start(tmp_path):
+    """Rank 0 kills it when it begins to import torch, which takes seconds."""
+    kill = f"""
+import os, sys
+rank = os.environ["RANK"]
+open({str(tmp_path)!r} + "/pid" + rank, "w").write(str(os.getpid()))
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "torch" and rank == "0":
+            sys.meta_path.remove(self)
+            os.kill(os.getppid(), 9)
+sys.meta_path.insert(0, Finder())
+"""
+    run = torchrun(*flags_of(tmp_path / "run", "--epochs", 500), before=kill)
+    assert run.code(60) == -signal.SIGKILL
+    files = [tmp_path / "pid0", tmp_path / "pid1"]
+    processes = [int(until(lambda file=file: file.exists() and file.read_text())) for file in files]
+    assert_all_end(processes, 30)
+
+
 # Ranks that end, and restarts
 
 

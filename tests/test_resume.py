@@ -446,6 +446,16 @@ def test_lost_best_weights_are_reported_with_every_save(again, folder):
     assert resumed.text.count("warning: the weights of the best epoch, 0, are not in model_best.pth") == 2
 
 
+@pytest.mark.parametrize(("name", "copied"), [("model_best.pth", True), ("checkpoint.pth", False)])
+def test_a_run_continued_in_another_folder_has_the_best_weights(name, copied, again, folder, tmp_path):
+    """Or reports that they are not there: checkpoint.pth is in the middle of the epoch after the best one."""
+    new = tmp_path / "new"
+    run = again(STOPPED, "--resume", folder / name, "--output_dir", new, before=strike(signal.SIGTERM, step=0))
+    assert (new / "model_best.pth").exists() == copied
+    assert ("warning: the weights of the best epoch, 0, are not in model_best.pth" in run.text) != copied
+    assert not copied or position(new, "model_best.pth") == (0, 0, False)
+
+
 def test_rewriting_the_best_file_keeps_the_checkpoint(again, folder):
     """They are two files, not two names of the same file."""
     again(0, "--resume", "auto")

@@ -121,7 +121,7 @@ MATTERS = ["--t-id 22", "--w-fft 0.3", "--mixup 0.8", "--teacher-model cait_xs24
 MATTERS += ["--epochs 400", "--batch-size 256", "--feature-loss mse", "--amp-dtype bfloat16", "--data-set CIFAR"]
 MATTERS += ["--lr 1e-3"]
 NEUTRAL = ["--num_workers 3", "--batch-size 256 --accum-steps 2", "--seed 5", "--no-model-ema", "--device cuda:0"]
-NEUTRAL += ["--deterministic"]
+NEUTRAL += ["--deterministic", "--wandb project", "--import my_models", "--teacher-attention timm"]
 
 
 @pytest.mark.parametrize("more", [*MATTERS, *NEUTRAL])

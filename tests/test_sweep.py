@@ -1,9 +1,14 @@
 """The sweep: one command per combination, run in turn."""
 
+import os
 import shlex
+import signal
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT, tiny_run
+from processes import epochs, status, until
 
 from recipes import sweep
 
@@ -38,3 +43,20 @@ def test_runs_follow_each_other_until_one_fails(tmp_path, monkeypatch, capfd):
     assert (tmp_path / "tiny" / "seed=0" / "checkpoint.pth").exists()
     assert not (tmp_path / "tiny" / "seed=1").exists()
     assert "exit code 2: repeat the sweep" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_run_save_itself(number, tmp_path):
+    """Ctrl-C reaches the whole group of processes, SIGTERM only the sweep."""
+    (tmp_path / "tiny.args").write_text("\n".join(map(str, tiny_run("--epochs", 500))))
+    command = [sys.executable, "recipes/sweep.py", str(tmp_path / "tiny.args"), "--vary", "seed=0,1", "--run"]
+    pipes = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    process = subprocess.Popen([*command, "--output", str(tmp_path)], cwd=ROOT, **pipes)
+    folder = tmp_path / "tiny" / "seed=0"
+    until(lambda: (folder / "log.txt").exists() and epochs(folder))
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "Traceback" not in errors
+    assert status(folder)["status"] == "preempted"

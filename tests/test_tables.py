@@ -81,6 +81,11 @@ def test_a_control_must_agree_in_what_counts(other, write):
     assert rows["soft"]["gain_no_teacher"] == (None if other in COUNTS else 10)
 
 
+def test_the_teachers_dtype_does_not_matter_without_a_teacher(write):
+    rows = rows_of(write("none", [1, 2, 50]), write("soft", [1, 2, 60], *SOFT, "--teacher-dtype", "bfloat16"))
+    assert rows["soft"]["gain_no_teacher"] == 10
+
+
 OTHER_KD = ["--distillation-alpha 0.5", "--distillation-tau 2", "--teacher-model cait_xs24_384"]
 
 
@@ -167,6 +172,13 @@ def test_varied_flags_give_columns_and_order(sweep, write, show):
     shown = [(row["w-fft"], row["s-id"], row["best"]) for row in rows.values()]
     ends = [("0.05", "0 11", "62.500 ± 0.707"), ("2", "0", "60.000"), ("10", "0 11", "61.500 ± 0.707")]
     assert shown == [("", "", "50.000"), *ends]
+
+
+def test_a_flag_that_some_runs_do_not_have_can_be_varied(write, show):
+    """Empty values come before text, and no value before all others."""
+    folders = [write(f"run{i}", [1], "--model-kwargs", *kwargs) for i, kwargs in enumerate((["depth=6"], []))]
+    rows = cells(show(*folders, "--vary", "model-kwargs").out)
+    assert [row["model-kwargs"] for row in rows.values()] == ["", "depth=6"]
 
 
 @pytest.mark.parametrize("name", ["seed", "num_workers", "nothing"])
