@@ -69,7 +69,7 @@ def ids(student, teacher):
 DEITS = {"global_batch": 1024, "drop_path": 0.1, "mixup": 0.8, "cutmix": 1.0}
 SWINS = DEITS | {"drop_path": 0.2, "warmup_epochs": 20, "clip_grad": 5, "repeated_aug": False}
 HARD = {"distillation_type": "hard", "distillation_alpha": 0.5, "w_fft": 0}
-HARD |= {"teacher_model": "regnety_160.deit_in1k", "teacher_path": "", "teacher_kwargs": []}
+HARD |= {"teacher_model": "regnety_160.deit_in1k", "teacher_path": "", "teacher_kwargs": [], "teacher_dtype": "float32"}
 STUDENTS = {name: {"model": f"deit_tiny_{name}_patch16_224"} for name in ("lift", "widelast")}
 CHANGES = [  # a recipe, the one it is based on (None: the flags' defaults), and all that differs
     *((f"{name}_mse", name, {"feature_loss": "mse"}) for name in PUBLISHED),
