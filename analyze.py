@@ -308,11 +308,12 @@ def pair_chooser(args: argparse.Namespace, teacher: Subject) -> Callable[[list[f
     student = models.build_model(args.student, None, input_size=None, kwargs=args.student_kwargs)
     with as_user_error("--student: ", ValueError):
         described = spectral.describe_blocks(student), teacher.blocks
-    reductions = [[block["reduction"] for block in blocks] for blocks in described]
-    choose = functools.partial(analyses.suggest_pairs, student=reductions[0], teacher=reductions[1])
+    reductions = ([block["reduction"] for block in blocks] for blocks in described)
+    options = dict(zip(("student", "teacher"), reductions, strict=True))
+    choose = functools.partial(analyses.suggest_pairs, **options, num_pairs=args.suggest)
     with as_user_error("--suggest: ", ValueError):
-        choose([0.0] * len(teacher.blocks), num_pairs=args.suggest)  # are there enough blocks?
-    return functools.partial(choose, num_pairs=args.suggest)
+        choose([0.0] * len(teacher.blocks))  # are there enough blocks?
+    return choose
 
 
 def suggest(args: argparse.Namespace, choose: Callable[[list[float]], tuple[list, list]], teacher: Subject) -> dict:
