@@ -73,7 +73,9 @@ def find_logs(path: Path) -> list[Path]:
     """Return the logs of all runs in a folder, at any depth, or else its .txt files; or the file itself."""
     if not path.is_dir():
         return [path]
-    names = glob.glob("**/log.txt", root_dir=path, recursive=True) or glob.glob("*.txt", root_dir=path) or ["log.txt"]
+    names = glob.glob("**/log.txt", root_dir=path, recursive=True) or glob.glob("*.txt", root_dir=path)
+    if not names:
+        warn(f"{path}: skipped, there is no log.txt in it")
     return [path / name for name in sorted(names)]
 
 
