@@ -172,10 +172,10 @@ class StopRequest:
         self.stepping = True
 
     def _watch_exchanges(self) -> None:
-        """Wait for each exchange in a thread; a callback would run Python in gloo's.
+        """Wait for each exchange in a thread of our own. A callback would run Python code in gloo's threads.
 
-        Such a thread may hold, at the moment of a fork, a lock that the child then waits for without end (CPython
-        3.11): with callbacks, 2 of 3,000 forks hung.
+        At the moment of a fork, one of them may hold a lock for which the child then waits forever (CPython 3.11; with
+        callbacks, 2 of 3,000 forks hung).
         """
         while True:
             try:

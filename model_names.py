@@ -39,7 +39,7 @@ def check_name(name: str) -> None:
 
 
 def similar_names(name: str) -> list[str]:
-    """Return the three of timm's model names that begin most like this one."""
+    """Return the three timm models whose names begin most like this one."""
 
     def similarity(other):
         return difflib.SequenceMatcher(None, name, other[: len(name)]).ratio()

@@ -82,7 +82,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise utils.UserError(f"{path} contains a {type(checkpoint).__name__}, not a checkpoint: expected a dict")
     classes = checkpoint.get("classes") or []
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        raise utils.UserError(f"{path}: 'classes' must be a list of names: mend or delete it")
+        raise utils.UserError(f"{path}: 'classes' must be a list of names: correct it or delete it")
     return checkpoint
 
 

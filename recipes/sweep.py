@@ -49,7 +49,7 @@ def commands(
 
 
 def run(command: list[str]) -> int:
-    """Run a command and return its exit code; a signal to stop leaves it the time to save and end."""
+    """Run a command and return its exit code; if the sweep is stopped by a signal, let the command save its state."""
     process = subprocess.Popen(command)
     signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the command as well
     signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number))
