@@ -243,16 +243,14 @@ def test_an_exported_model_comes_back_from_the_hub(name, hub):
 def test_the_model_card_tells_the_accuracy_of_its_epoch(tmp_path):
     line = '{"epoch": %d, "test_acc1": %d, "test_acc5": 90.0, "test_ema_acc1": 60, "test_ema_acc5": 61}\n'
     (tmp_path / "log.txt").write_text("".join(line % each for each in enumerate((40, 51, 50))))
-    log, run = (
-        tmp_path / "log.txt",
-        {"args": {"data_set": "IMNET", "data_path": "/data/birds", "epochs": 3, "lr": 0.001}, "epoch": 1},
-    )
-    facts = card_facts(run, log)
+    log, args = tmp_path / "log.txt", {"data_set": "IMNET", "data_path": "/data/birds", "epochs": 3, "lr": 0.001}
+    checkpoint = {"args": args, "epoch": 1}
+    facts = card_facts(checkpoint, log)
     export_tiny("resnet18", tmp_path, facts=facts)
     card = (tmp_path / "README.md").read_text()
     for words in ("top-1 51.00%, top-5 90.00% on birds, epoch 1", "epochs 3, lr 0.001", f"timm {timm.__version__}"):
         assert words in card
-    assert card_facts(run, log, ema=True)["Accuracy"] == "top-1 60.00%, top-5 61.00% on birds, epoch 1"
+    assert card_facts(checkpoint, log, ema=True)["Accuracy"] == "top-1 60.00%, top-5 61.00% on birds, epoch 1"
     assert set(card_facts({}, log)) == {"Weights", "Versions"}
 
 
