@@ -178,8 +178,9 @@ def main(args: Flags) -> dict | None:
             best = state.finish_epoch(test["acc1"])
             log(f"Max accuracy: {state.best_accuracy:.3f}% in epoch {state.best_epoch}")
             run_log.epoch(stats)
-            save(best=best, milestone=epoch if args.save_every and (epoch + 1) % args.save_every == 0 else None)
+            # Before the save, for which all ranks wait: a slow write cannot come after the status of one that failed.
             run_status.write("running", epoch=epoch, best_accuracy=state.best_accuracy)
+            save(best=best, milestone=epoch if args.save_every and (epoch + 1) % args.save_every == 0 else None)
     if run_log.lost:
         raise UserError(f"epochs {run_log.lost} are missing from log.txt, because they could not be written")
     if folder is not None and folder.failures:

@@ -317,6 +317,7 @@ class RunStatus:
         self.folder = folder
         self.attempt = gather_objects(secrets.token_hex(8))[0]  # because clocks of machines differ
         self.write("running")
+        gather_objects(None)  # now others may fail: this slow write cannot come after theirs
 
     def write(self, status: str, **facts: Any) -> None:
         """Write the status on rank 0, or on the rank that failed. The first end stays, as it causes the others."""

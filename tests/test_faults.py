@@ -317,6 +317,21 @@ def test_torchrun_names_the_rank_that_failed_and_its_error(crash, tmp_path):
     assert status(tmp_path)["reason"] == "the sky fell" or crash != "raised"
 
 
+def test_a_slow_status_of_rank_0_does_not_hide_a_failure(tmp_path):
+    """On a network file system, a write may take long."""
+    slow = """
+import os, time
+replace = os.replace
+def slow(source, target):
+    if os.environ["RANK"] == "0" and str(target).endswith("status.json"):
+        time.sleep(2)
+    replace(source, target)
+os.replace = slow
+"""
+    codes(fork(*flags_of(tmp_path), ranks=2, before=slow + CRASHES["raised"][0]))
+    assert status(tmp_path)["reason"] == "the sky fell"
+
+
 @pytest.mark.parametrize("silent", [0, 1])
 def test_hung_rank_ends_the_others_at_the_timeout(silent, tmp_path):
     """There is no launcher, which would end the stopped process after 30 seconds."""
